@@ -1,0 +1,9 @@
+"""Which layers of a Transformer matter: scoring, selection and compaction, measured.
+
+Each module holds one idea; the notebooks call them in order. Import the module you need,
+for example ``from paper_src import models, scoring``.
+"""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; one line with the value, the limit and the remedy."""

