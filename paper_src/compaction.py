@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def _checked(kept: Sequence[int], depth: int) -> list[int]:
     for index in kept:
         if not 0 <= index < depth:
             raise InputError(f"kept layer {index}: the model's layers are 0 to {depth - 1}")
-    if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(kept)):
         raise InputError(f"kept layers {kept}: give each once, in increasing order")
     return kept
 

@@ -98,7 +98,7 @@ def compare_constant(model: PreTrainedModel, full: Reference) -> dict[str, np.nd
 
 def _compare_block(full: Reference, index: int, state: Tensor, logits: Tensor) -> dict[str, float]:
     """All metrics of one block, from states (T, d) and logits (T, V)."""
-    h, other = full.hidden[index].float(), state.float()
+    h, other, mean = full.hidden[index].float(), state.float(), full.mean_state
     labels = full.blocks[index, 1:]
     kl, agree, nll = [], [], []
     for low in range(0, len(h), 64):  # a few rows at a time stay in the processor's cache
@@ -112,7 +112,7 @@ def _compare_block(full: Reference, index: int, state: Tensor, logits: Tensor) -
         nll.append(-log_q[:known].gather(1, next_tokens[:, None])[:, 0])
     return {
         "cosine": _mean(functional.cosine_similarity(h, other, dim=-1)),
-        "cosine_centred": _mean(functional.cosine_similarity(h - full.mean_state, other - full.mean_state, dim=-1)),
+        "cosine_centred": _mean(functional.cosine_similarity(h - mean, other - mean, dim=-1)),
         "mse": _mean((h - other).square()),
         "kl_nats": _mean(torch.cat(kl)),
         "top1_agreement": _mean(torch.cat(agree)),

