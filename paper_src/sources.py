@@ -92,6 +92,4 @@ def _download(package: str, folder: Path) -> Path:
 def _require(path: Path, expected: str) -> None:
     found = sha256(path)
     if found != expected:
-        raise InputError(
-            f"{path} has sha256 {found[:12]}..., expected {expected[:12]}...: delete it and run again"
-        )
+        raise InputError(f"{path} has sha256 {found[:12]}..., expected {expected[:12]}...: delete it and run again")

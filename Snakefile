@@ -1,0 +1,111 @@
+# One rule a notebook: what it reads, what it writes. ./reproduce.sh calls this; so can you:
+#   snakemake --cores 2 --config profile=tiny
+#   snakemake --executor slurm --jobs 8 --config profile=gpu model=/path/to/model
+# A later section is one more notebook, one more rule here, and its target below.
+import os
+import sys
+
+PROFILE = config.get("profile", "laptop")
+MODEL = config.get("model", "")
+DEVICE = config.get("device", "")
+OUT = config.get("results", f"results/{PROFILE}")
+
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+
+
+def sources(name, *modules):
+    """What every rule depends on besides the tables it reads: notebook, profile, lock, modules."""
+    always = ["__init__", "execute", "report", "sources", "models", "timing"]
+    code = [f"paper_src/{module}.py" for module in [*always, *modules]]
+    return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code]
+
+
+def tables(*names):
+    return [f"{OUT}/tables/{name}.{form}" for name in names for form in ("csv", "md", "tex")]
+
+
+def figures(*names):
+    return [f"{OUT}/figures/{name}.{form}" for name in names for form in ("svg", "pdf", "png")]
+
+
+def record(name):
+    return [f"{OUT}/notebooks/{name}.ipynb", f"{OUT}/tables/{name}.json"]
+
+
+RUN = (
+    f"{sys.executable} -m paper_src.execute {{input[0]}} --profile {{input[1]}} --results {OUT}"
+    + (f" --model '{MODEL}'" if MODEL else "")
+    + (f" --device '{DEVICE}'" if DEVICE else "")
+)
+
+
+rule all:
+    input:
+        f"{OUT}/notebooks/09_summary.ipynb",
+    default_target: True
+
+
+rule importance:
+    input:
+        sources("01_importance", "data", "scoring", "tables", "reported", "figures"),
+    output:
+        tables("t1_importance", "t1_angular", "t1_top10", "t1_agreement"),
+        figures("f1_importance", "f1_agreement"),
+        record("01_importance"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule selection:
+    input:
+        sources("02_selection", "selection", "tables", "reported", "figures"),
+        tables("t1_importance", "t1_angular"),
+    output:
+        tables("t2_selection"),
+        figures("f2_selection"),
+        record("02_selection"),
+    shell:
+        RUN
+
+
+# All cores: a second notebook beside it would distort the times.
+rule compaction:
+    input:
+        sources("03_compaction", "compaction", "tables", "reported", "figures"),
+        tables("t2_selection"),
+    output:
+        tables("t3_size", "t3_speed"),
+        figures("f3_speed"),
+        record("03_compaction"),
+        directory(f"{OUT}/models/compact"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule fidelity:
+    input:
+        sources("04_fidelity", "data", "compaction", "fidelity", "tables", "reported", "figures"),
+        tables("t2_selection", "t3_speed"),
+    output:
+        tables("t4_fidelity", "t4_random"),
+        figures("f4_tradeoff"),
+        record("04_fidelity"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule summary:
+    input:
+        sources("09_summary", "claims", "reported"),
+        "paper_src/summary.md.j2",
+        tables("t1_importance", "t1_top10", "t1_agreement", "t2_selection", "t3_size", "t3_speed"),
+        tables("t4_fidelity", "t4_random"),
+    output:
+        tables("t9_claims"),
+        f"{OUT}/SUMMARY.md",
+        record("09_summary"),
+    shell:
+        RUN

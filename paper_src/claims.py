@@ -1,0 +1,270 @@
+"""The earlier report's claims against our tables, and the summary that is rendered from both.
+
+A claim is a sentence whose numbers are table cells and a condition on those cells. ``expected`` is the
+verdict the paper commits to: ``./reproduce.sh check`` fails when the tables no longer give it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from paper_src import reported
+
+Read = Callable[[str], pd.DataFrame]
+GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
+TEMPLATE = Path(__file__).with_name("summary.md.j2")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        name: stable identifier.
+        reported: what the earlier report says.
+        values: from the tables to the numbers of ``ours``.
+        ours: our finding; its fields are filled from ``values``.
+        holds: whether the earlier claim holds on our numbers.
+        expected: the verdict committed to: True, False, or None where it may go either way with the machine.
+        source: table and notebook of the numbers.
+    """
+
+    name: str
+    reported: str
+    values: Callable[[Read], dict[str, float]]
+    ours: str
+    holds: Callable[[dict[str, float]], bool]
+    expected: bool | None
+    source: str
+
+
+def table(read: Read, claims: tuple[Claim, ...] | None = None) -> pd.DataFrame:
+    """t9_claims: name, what was reported, what we find, whether the claim holds, and the source."""
+    rows = []
+    for claim in claims or CLAIMS:
+        values = claim.values(read)
+        rows.append({
+            "name": claim.name,
+            "reported": claim.reported,
+            "ours": claim.ours.format(**values),
+            "holds": bool(claim.holds(values)),
+            "expected": claim.expected,
+            "source": claim.source,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def broken(read: Read) -> list[str]:
+    """Names of the claims whose verdict is not the expected one; empty when the paper stands."""
+    frame = table(read)
+    wrong = frame[frame["expected"].notna() & (frame["holds"] != frame["expected"])]
+    return wrong["name"].tolist()
+
+
+def summary(read: Read, claims: pd.DataFrame) -> str:
+    """The text of SUMMARY.md."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(claims=claims.to_dict("records"), fidelity=main_rows(read), **facts(read))
+
+
+def facts(read: Read) -> dict[str, object]:
+    """Numbers of the summary's prose."""
+    fidelity, importance, speed = read("t4_fidelity"), read("t1_importance"), read("t3_speed")
+    full = fidelity[fidelity["strategy"] == "full"].iloc[0]
+    trivial = fidelity[fidelity["strategy"] == "trivial"].iloc[0]
+    return {
+        "depth": len(importance),
+        "k": int(speed["k"].min()),
+        "parameters": read("t3_size")["parameters"].max(),
+        "full_ppl": full["ppl"],
+        "n_blocks": int(full["n_blocks"]),
+        "n_tokens": int(full["n_tokens"]),
+        "trivial_cosine": trivial["cosine"],
+        "trivial_ppl_ratio": trivial["ppl_ratio"],
+        "draws": int(fidelity["n_draws"].max()),
+        "converged": _halves(read),
+        "rounds": int(speed["rounds"].max()),
+        "dtype": read("t3_size")["dtype"].iloc[0],
+    }
+
+
+def main_rows(read: Read) -> list[dict[str, object]]:
+    """Rows of the summary's main table: at every k, the recommended kind, Fisher, block influence, random."""
+    fidelity = read("t4_fidelity")
+    speed = _prefill(read)
+    wanted = [("distributed", "combined"), ("top_k", "combined"), ("top_k", "fisher"), ("top_k", "block_influence"),
+              ("drop_block", None), ("random", None)]  # fmt: skip
+    rows = []
+    for k in sorted(speed.index):
+        for strategy, score in wanted:
+            same = fidelity[(fidelity["strategy"] == strategy) & (fidelity["k"] == k)]
+            same = same[same["score"].isna() if score is None else same["score"] == score]
+            rows.append({**same.iloc[0].to_dict(), "k": k, "speedup": speed.loc[k, "speedup"]})
+    return rows
+
+
+def _halves(read: Read) -> dict[str, float]:
+    """score -> Kendall's tau between halves of the calibration text."""
+    agreement = read("t1_agreement")
+    same = agreement[agreement["score_a"] == agreement["score_b"]]
+    return dict(zip(same["score_a"], same["kendall_tau"], strict=True))
+
+
+def _prefill(read: Read) -> pd.DataFrame:
+    """Rows of t3_speed of the largest hidden-state prefill, by k."""
+    speed = read("t3_speed")
+    rows = speed[speed["task"] == "prefill_hidden"]
+    tokens = rows["batch"] * rows["length"]
+    return rows[tokens == tokens.max()].set_index("k")
+
+
+def _pattern(read: Read) -> dict[str, float]:
+    importance = read("t1_importance")
+    expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
+    ranks = importance["combined"].rank(ascending=False).astype(int)
+    best = set(importance.nlargest(len(expected), "combined")["layer"])
+    return {"overlap": len(best & expected), "of": len(expected), "last_rank": ranks.iloc[-1],
+            "first_rank": ranks.iloc[0], "depth": len(importance)}  # fmt: skip
+
+
+def _speed(read: Read) -> dict[str, float]:
+    rows = _prefill(read)
+    return {"k": rows.index.min(), **rows.loc[rows.index.min()].to_dict()}
+
+
+def _speed_range(read: Read) -> dict[str, float]:
+    speed, depth = read("t3_speed"), len(read("t1_importance"))
+    low, high = reported.COMPRESSION_RANGE
+    part = speed[(depth / speed["k"]).between(0.92 * low, high)]
+    return {"low": part["speedup"].min(), "high": part["speedup"].max(), "k_low": part["k"].min(),
+            "k_high": part["k"].max(), "ideal_high": part["ideal"].max()}  # fmt: skip
+
+
+def _parameters(read: Read) -> dict[str, float]:
+    size = read("t3_size")
+    return size.loc[size["k"].idxmin()].to_dict()
+
+
+def _cosines(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    k = fidelity.loc[fidelity["strategy"] == "distributed", "k"].min()
+    rows = fidelity[(fidelity["k"] == k) & fidelity["strategy"].isin(["top_k", "distributed"])]
+    gradient = rows[rows["score"].isin([*GRADIENT_SCORES, "combined"])]
+    own = rows[(rows["strategy"] == "distributed") & (rows["score"] == "combined")].iloc[0]
+    best = fidelity[fidelity["k"] == k].nlargest(1, "cosine").iloc[0]
+    return {
+        "k": k, "own": own["cosine"], "own_ppl": own["ppl_ratio"], "own_centred": own["cosine_centred"],
+        "low": gradient["cosine"].min(), "high": gradient["cosine"].max(), "best": best["cosine"],
+        "best_centred": best["cosine_centred"], "best_ppl": best["ppl_ratio"],
+        "trivial": fidelity.loc[fidelity["strategy"] == "trivial", "cosine"].item(),
+        "trivial_ppl": fidelity.loc[fidelity["strategy"] == "trivial", "ppl_ratio"].item(),
+    }  # fmt: skip
+
+
+def _control(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    rows = fidelity[fidelity["score"].isin([*GRADIENT_SCORES, "combined"])]
+    return {
+        "tests": len(rows),
+        "better": int((rows["p_ppl"] <= 0.05).sum()),
+        "median_p": rows["p_ppl"].median(),
+        "worse_half": int((rows["p_ppl"] > 0.5).sum()),
+    }
+
+
+def _distributed(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    pair = fidelity[fidelity["strategy"].isin(["top_k", "distributed"])]
+    wide = pair.pivot(index=["score", "k"], columns="strategy", values="nll_nats")
+    return {"wins": int((wide["distributed"] < wide["top_k"]).sum()), "of": len(wide)}
+
+
+CLAIMS = (
+    Claim(
+        name="first-and-last",
+        reported="The most important layers are the first nine and the last one (10 of 32).",
+        values=_pattern,
+        ours="{overlap} of the {of} best layers by the combined score are in that pattern; "
+        "the first layer ranks {first_rank}, the last {last_rank} of {depth}.",
+        holds=lambda v: v["overlap"] >= v["of"] - 1,
+        expected=None,
+        source="t1_importance (01_importance)",
+    ),
+    Claim(
+        name="speed-of-recommended",
+        reported=f"Keeping 8 of 32 layers (layer compression {reported.LAYER_COMPRESSION:.2f}) is "
+        f"{reported.SPEEDUP:.2f} times as fast.",
+        values=_speed,
+        ours="k = {k}: {speedup:.2f} times [{speedup_lo:.2f}, {speedup_hi:.2f}] for prefill of hidden states, "
+        "{share_of_ideal:.0%} of the ideal {ideal:.2f}.",
+        holds=lambda v: v["speedup_hi"] >= reported.SPEEDUP,
+        expected=True,
+        source="t3_speed (03_compaction)",
+    ),
+    Claim(
+        name="speed-range",
+        reported=f"Over all configurations the speedup is {reported.SPEEDUP_RANGE[0]}-{reported.SPEEDUP_RANGE[1]} "
+        f"at a layer compression of {reported.COMPRESSION_RANGE[0]}-{reported.COMPRESSION_RANGE[1]}.",
+        values=_speed_range,
+        ours="k = {k_low} to {k_high}, over prefill, prefill with logits and decode: {low:.2f}-{high:.2f} "
+        "(ideal at most {ideal_high:.2f}).",
+        holds=lambda v: v["low"] <= reported.SPEEDUP_RANGE[1] and v["high"] >= reported.SPEEDUP_RANGE[0],
+        expected=True,
+        source="t3_speed (03_compaction)",
+    ),
+    Claim(
+        name="parameters",
+        reported=f"Keeping 8 of 32 layers divides the parameters by {reported.PARAMETER_COMPRESSION:.2f}.",
+        values=_parameters,
+        ours="k = {k}: parameters divided by {parameter_compression:.2f}, layers by {layer_compression:.2f}; "
+        "embedding and head are not cut.",
+        holds=lambda v: v["parameter_compression"] >= reported.PARAMETER_COMPRESSION,
+        expected=True,
+        source="t3_size (03_compaction)",
+    ),
+    Claim(
+        name="cosine-means-something",
+        reported=f"The compact models reach cosine {reported.COSINE_RANGE[0]}-{reported.COSINE_RANGE[1]} to the full "
+        "model, read as partly kept semantics.",
+        values=_cosines,
+        ours="k = {k}: {own:.2f} for the recommended kind ({low:.2f}-{high:.2f} over gradient scores), but a constant "
+        "vector reaches {trivial:.2f}; centred cosine {own_centred:.2f}, perplexity {own_ppl:,.0f} times the full "
+        "model's (constant: {trivial_ppl:,.0f} times).",
+        holds=lambda v: v["own"] > v["trivial"],
+        expected=False,
+        source="t4_fidelity (04_fidelity)",
+    ),
+    Claim(
+        name="cosine-target",
+        reported=f"A cosine above {reported.COSINE_TARGET} is the target.",
+        values=_cosines,
+        ours="k = {k}, no training: the best of all selections reaches {best:.2f} (centred {best_centred:.2f}, "
+        "perplexity {best_ppl:,.0f} times the full model's).",
+        holds=lambda v: v["best"] > reported.COSINE_TARGET,
+        expected=False,
+        source="t4_fidelity (04_fidelity)",
+    ),
+    Claim(
+        name="gradient-scores-select",
+        reported="Layers with high Fisher information and gradient norm are the ones to keep.",
+        values=_control,
+        ours="Of {tests} selections by gradient scores, {better} have a lower perplexity than random selections at "
+        "p <= 0.05; the median p is {median_p:.2f}, and {worse_half} do worse than most random draws.",
+        holds=lambda v: v["better"] > v["tests"] / 2,
+        expected=None,
+        source="t4_fidelity, t4_random (04_fidelity)",
+    ),
+    Claim(
+        name="distributed-beats-top-k",
+        reported="Spreading the kept layers over the depth is better than Top-K.",
+        values=_distributed,
+        ours="Of {of} pairs (score and k), distributed has the lower perplexity in {wins}.",
+        holds=lambda v: v["wins"] > v["of"] / 2,
+        expected=None,
+        source="t4_fidelity (04_fidelity)",
+    ),
+)

@@ -1,0 +1,164 @@
+"""Run one notebook with one profile's parameters; the executed copy appears only if all went well.
+
+    python -m paper_src.execute notebooks/01_importance.ipynb --profile profiles/tiny.yaml --results results/tiny
+
+Called by the rules of the Snakefile. Order, skipping and parallel runs are Snakemake's, execution is
+papermill's; what is added here is that a wrong parameter is an error and that an error is one line.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from paper_src import InputError
+from paper_src.report import check_types, declared, replacing
+
+
+def parameters_for(notebook: Path, profile: Path, overrides: dict[str, object]) -> dict[str, object]:
+    """Parameters of one notebook: the profile's ``common`` ones that it declares, its own, the overrides.
+
+    Raises:
+        InputError: no such profile, or a parameter that the notebook does not declare, or of another type.
+    """
+    types = declared(notebook)
+    settings = read_profile(profile)
+    own = settings.get(notebook.stem) or {}
+    if unknown := sorted(own.keys() - types.keys()):
+        raise InputError(f"{profile}: {notebook.stem} has no parameter {unknown[0]!r}, it has {sorted(types)}")
+    shared = {key: value for key, value in {**settings["common"], **overrides}.items() if key in types}
+    values = {**shared, **own, **{key: value for key, value in shared.items() if key in overrides}}
+    check_types(types, values)
+    return values
+
+
+def read_profile(path: Path) -> dict[str, dict]:
+    """A profile: notebook name, or ``common``, -> parameters. Names of notebooks are checked."""
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise InputError(f"no profile {path.stem!r}: there are {known}")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    notebooks = {file.stem for file in Path("notebooks").glob("*.ipynb")}
+    if unknown := sorted(settings.keys() - notebooks - {"common"}):
+        raise InputError(f"{path}: no notebook {unknown[0]!r}, there are {sorted(notebooks)}")
+    return {"common": {}, **settings}
+
+
+def check_profile(path: Path) -> None:
+    """Check every parameter of a profile against the notebooks, before anything runs."""
+    settings = read_profile(path)
+    notebooks = sorted(Path("notebooks").glob("*.ipynb"))
+    everywhere = set().union(*(declared(notebook) for notebook in notebooks))
+    if unknown := sorted(settings["common"].keys() - everywhere):
+        raise InputError(f"{path}: no notebook has the common parameter {unknown[0]!r}")
+    for notebook in notebooks:
+        parameters_for(notebook, path, {})
+
+
+def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:
+    """Execute ``notebook`` into ``output``; on failure ``<name>.failed.ipynb`` beside it shows where.
+
+    Raises:
+        InputError: a cell failed or the kernel died; one line.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    try:
+        for attempt in (1, 2):
+            try:
+                papermill.execute_notebook(
+                    str(notebook),
+                    str(failed),
+                    parameters,
+                    kernel_name="python3",
+                    cwd=str(notebook.parent),
+                    log_output=True,
+                    progress_bar=False,
+                )
+                break
+            except RuntimeError as error:  # two kernels that chose the same port; a cell's error is no such
+                if attempt == 2 or "Kernel died before replying" not in str(error):
+                    raise
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
+        raise InputError(f"{notebook.stem} failed. {reason} (cells: {failed})") from error
+    except DeadKernelError as error:
+        raise InputError(f"{notebook.stem}: the kernel died, most likely out of memory (cells: {failed})") from error
+    os.replace(failed, output)
+
+
+def summary(results: Path, since: float) -> str:
+    """What ran, was kept or is missing, with seconds, and where to look."""
+    lines = []
+    for notebook in sorted(Path("notebooks").glob("*.ipynb")):
+        record = results / "tables" / f"{notebook.stem}.json"
+        done = results / "notebooks" / notebook.name
+        if not done.is_file():
+            state = "failed" if done.with_name(f"{notebook.stem}.failed.ipynb").exists() else "not run"
+        else:
+            wall = json.loads(record.read_text())["wall_s"]
+            state = f"{'ran ' if done.stat().st_mtime >= since else 'kept'} {wall:8.1f} s"
+        lines.append(f"  {notebook.stem:<20} {state}")
+    where = f"  {results}/: tables, figures, models, executed notebooks; SUMMARY.md is in {results}/"
+    return "\n".join([*lines, where])
+
+
+def publish(results: Path, target: Path = Path()) -> None:
+    """Copy tables, figures and summary of ``results`` to the top of the repository, each file whole."""
+    files = [file for folder in ("tables", "figures") for file in sorted((results / folder).glob("[!.]*"))]
+    for file in [*files, *results.glob("SUMMARY.md")]:
+        place = target / file.relative_to(results)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists() or place.read_bytes() != file.read_bytes():
+            with replacing(place) as part:
+                part.write_bytes(file.read_bytes())
+
+
+def main() -> int:
+    """Command line; 0 on success, 1 with one line on standard error otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebook", type=Path, nargs="?")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--device")
+    parser.add_argument("--check", action="store_true", help="only check the profile")
+    parser.add_argument("--publish", action="store_true", help="only copy results to tables/ and figures/")
+    parser.add_argument("--summary", type=float, metavar="SINCE", help="only print what ran since then")
+    arguments = parser.parse_args()
+    try:
+        if arguments.summary is not None:
+            print(summary(arguments.results, arguments.summary))
+        elif arguments.publish:
+            publish(arguments.results)
+        elif arguments.check:
+            check_profile(arguments.profile)
+        else:
+            _run_with(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_with(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    given = {key: getattr(arguments, key) for key in ("model", "device") if getattr(arguments, key)}
+    overrides = {**given, "results": os.path.relpath(arguments.results, "notebooks")}
+    output = arguments.results / "notebooks" / arguments.notebook.name
+    start = time.time()
+    print(f"{arguments.notebook.stem}: running", file=sys.stderr, flush=True)
+    run(arguments.notebook, parameters_for(arguments.notebook, arguments.profile, overrides), output)
+    print(f"{arguments.notebook.stem}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

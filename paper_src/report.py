@@ -1,0 +1,180 @@
+"""Tables, figures and provenance of one section, written whole or not at all.
+
+A section is a notebook. Sections pass nothing to one another but files: a table is a CSV at full
+precision (with a Markdown and a LaTeX copy for reading), a figure is SVG, PDF and PNG drawn from tables.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from paper_src import InputError
+from paper_src.models import Loaded
+from paper_src.timing import peak_resident_bytes
+
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
+TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
+
+
+class Section:
+    """One notebook's place to read earlier tables from and to write its own results to.
+
+    Args:
+        name: the notebook's name, for example ``01_importance``.
+        results: folder of the profile's results; ``tables``, ``figures`` and ``models`` are below it.
+        scope: the notebook's ``globals()``; the values of its declared parameters are checked and recorded.
+
+    Raises:
+        InputError: the folder cannot be written, or a parameter has another type than declared.
+    """
+
+    def __init__(self, name: str, results: str, scope: Mapping[str, object]):
+        self.name = name
+        self.root = Path(results)
+        self.parameters = {key: scope[key] for key in check_types(declared(Path(f"{name}.ipynb")), scope)}
+        self.started = time.time()
+        try:
+            for folder in ("tables", "figures", "models"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.root / folder):
+                    pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.root} ({error.strerror}): make it writable or set the results parameter"
+            ) from error
+
+    def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Write ``frame`` as ``tables/<name>`` .csv, .md and .tex; returns it as it reads back."""
+        folder = self.root / "tables"
+        short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+        with replacing(folder / f"{name}.csv") as path:
+            frame.to_csv(path, index=False)
+        with replacing(folder / f"{name}.md") as path:
+            path.write_text(short.to_markdown(index=False, disable_numparse=True) + "\n", encoding="utf-8")
+        with replacing(folder / f"{name}.tex") as path:
+            path.write_text(short.to_latex(index=False, escape=True), encoding="utf-8")
+        return self.read(name)
+
+    def read(self, name: str) -> pd.DataFrame:
+        """Table ``name`` of this profile.
+
+        Raises:
+            InputError: it was not made yet; the message names the command that makes it.
+        """
+        path = self.root / "tables" / f"{name}.csv"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run ./reproduce.sh --only {self._maker(name)}")
+        return pd.read_csv(path)
+
+    def figure(self, figure: Figure, name: str) -> Figure:
+        """Write ``figure`` as ``figures/<name>`` .svg, .pdf and .png, byte for byte the same each time."""
+        without_date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+        for form, metadata in without_date.items():
+            with replacing(self.root / "figures" / f"{name}.{form}") as path:
+                figure.savefig(path, format=form, metadata=metadata)
+        return figure
+
+    def finish(self, loaded: Loaded | None = None, texts: Mapping[str, str] | None = None) -> None:
+        """Write ``tables/<notebook>.json``: where these numbers come from.
+
+        Args:
+            loaded: the model used, if any.
+            texts: split -> SHA-256 of the text used.
+        """
+        record = {
+            "notebook": self.name,
+            "parameters": self.parameters,
+            "model": loaded and {"name": loaded.name, "sha256": loaded.digest, "dtype": str(loaded.model.dtype)},
+            "device": str(loaded.model.device) if loaded else "none",
+            "texts_sha256": dict(texts or {}),
+            "git": git_state(),
+            "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+            "machine": {"cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+                        "threads": torch.get_num_threads()},
+            "wall_s": round(time.time() - self.started, 1),
+            "peak_memory_bytes": peak_resident_bytes(),
+        }  # fmt: skip
+        with replacing(self.root / "tables" / f"{self.name}.json") as path:
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    def _maker(self, table: str) -> str:
+        """Name of the notebook that writes ``table``: t3_speed is made by 03_..."""
+        found = sorted(Path().glob(f"0{table[1]}_*.ipynb"))
+        return found[0].stem if found else "01_importance"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it takes the name ``path`` only when all went well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o644)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def declared(notebook: Path) -> dict[str, str]:
+    """Parameters that a notebook declares: name -> type name, from its cell tagged ``parameters``."""
+    found = papermill.inspect_notebook(str(notebook))
+    return {name: entry["inferred_type_name"] for name, entry in found.items()}
+
+
+def check_types(types: Mapping[str, str], values: Mapping[str, object]) -> Iterable[str]:
+    """The declared names, once each value in ``values`` has the declared type."""
+    for name, kind in types.items():
+        if name not in values:
+            continue
+        value, wanted = values[name], TYPES.get(kind.split("[")[0])
+        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+            raise InputError(f"parameter {name} = {value!r}: its type is {kind}")
+    return types
+
+
+def git_state() -> dict[str, object]:
+    """Commit of the checkout and whether tracked files differ from it; None outside git."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", *words], check=False, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def progress(items: Iterable, what: str) -> Iterable:
+    """``items`` with a plain-text bar: a line in JupyterLab and in a terminal, one every 10 s in a log."""
+    return tqdm(items, desc=what, mininterval=10, ascii=True, ncols=79)
+
+
+def progress_bar(what: str) -> Callable[[Iterable], Iterable]:
+    """:func:`progress` as a function of the iterable alone."""
+    return lambda items: progress(items, what)
+
+
+def kept_text(kept: Iterable[int]) -> str:
+    """Kept layers as they stand in tables: ``0 1 8``."""
+    return " ".join(map(str, kept))
+
+
+def kept_tuple(text: str) -> tuple[int, ...]:
+    """The inverse of :func:`kept_text`."""
+    return tuple(map(int, str(text).split()))

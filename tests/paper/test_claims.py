@@ -1,0 +1,45 @@
+"""Every claim of the summary against the committed tables."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+from paper_src import claims
+
+
+def test_no_claim_changed_its_verdict(read):
+    assert claims.broken(read) == []
+
+
+def test_summary_is_rendered_from_the_tables(read):
+    rendered = claims.summary(read, claims.table(read))
+    assert (ROOT / "SUMMARY.md").read_text(encoding="utf-8") == rendered
+
+
+def test_every_k_has_a_random_control(read):
+    fidelity, draws = read("t4_fidelity"), read("t4_random")
+    for k in fidelity.loc[fidelity["strategy"] == "top_k", "k"].unique():
+        assert (draws["k"] == k).sum() >= 20
+        assert fidelity[(fidelity["strategy"] == "random") & (fidelity["k"] == k)]["n_draws"].item() >= 20
+
+
+def test_full_model_and_trivial_predictor_frame_the_table(read):
+    fidelity = read("t4_fidelity").set_index("strategy")
+    assert fidelity.loc["full", "cosine"] == pytest.approx(1, abs=1e-6)
+    assert fidelity.loc["full", "kl_nats"] == pytest.approx(0, abs=1e-3)
+    assert fidelity.loc["trivial", "cosine_centred"] < 0.1
+
+
+def test_every_table_has_its_provenance():
+    for table in (ROOT / "tables").glob("t*.csv"):
+        section = re.match(r"t(\d)_", table.name).group(1)
+        assert list((ROOT / "tables").glob(f"0{section}_*.json")), table.name
+
+
+def test_readme_shows_figures_and_tables_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert missing == []

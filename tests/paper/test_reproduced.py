@@ -1,0 +1,57 @@
+"""Committed tables against regenerated ones (results/laptop), within the tolerances of tolerances.yaml."""
+
+import io
+import re
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+
+TABLES = sorted(path.name for path in (ROOT / "tables").glob("*.csv"))
+RULES = yaml.safe_load((ROOT / "tests/paper/tolerances.yaml").read_text())
+
+
+def committed(name):
+    """The table as committed; a run replaces the file in tables/, so git is asked first."""
+    done = subprocess.run(["git", "show", f"HEAD:tables/{name}"], check=False, capture_output=True, text=True, cwd=ROOT)
+    return pd.read_csv(io.StringIO(done.stdout) if done.returncode == 0 else ROOT / "tables" / name)
+
+
+def differences(old, new):
+    """Columns of ``new`` that are out of tolerance, with the largest difference."""
+    found = []
+    for column in old:
+        rule = next(rule for rule in RULES if re.fullmatch(rule["columns"], column))
+        a, b = old[column], new[column]
+        if rule.get("ignore"):
+            continue
+        if not pd.api.types.is_numeric_dtype(a) or "share_equal" in rule:
+            share = ((a == b) | (a.isna() & b.isna())).mean()
+            if share < rule.get("share_equal", 1):
+                found.append(f"{column}: {share:.0%} of rows equal")
+        else:
+            bound = rule.get("relative", 0) * a.abs() + rule.get("absolute", 0)
+            if not (((a - b).abs() <= bound) | (a.isna() & b.isna())).all():
+                found.append(f"{column}: off by up to {(a - b).abs().max():.3g}")
+    return found
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_regenerated_table_agrees(name):
+    path = ROOT / "results" / "laptop" / "tables" / name
+    if not path.exists():
+        pytest.skip("results/laptop is not there: run ./reproduce.sh")
+    old, new = committed(name), pd.read_csv(path)
+    assert list(new) == list(old)
+    assert len(new) == len(old)
+    assert differences(old, new) == []
+
+
+def test_a_changed_number_is_found():
+    old = pd.DataFrame({"cosine": [0.5, 0.6], "kept": ["0 1", "0 2"], "full_ms": [1.0, 2.0]})
+    assert differences(old, old.assign(full_ms=np.nan)) == []
+    assert differences(old, old.assign(cosine=[0.5, 0.7])) == ["cosine: off by up to 0.1"]
+    assert differences(old, old.assign(kept=["0 1", "0 3"])) == ["kept: 50% of rows equal"]

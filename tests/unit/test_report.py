@@ -1,0 +1,99 @@
+import json
+import os
+
+import nbformat
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from paper_src import InputError, report
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """A folder with one notebook that declares two parameters; it is the working directory."""
+    cell = nbformat.v4.new_code_cell("count: int = 3  # how many\nrate: float = 0.5  # share")
+    cell.metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "01_demo.ipynb")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def section(notebook):
+    return report.Section("01_demo", "out", {"count": 3, "rate": 1, "other": "x"})
+
+
+def test_section_records_the_declared_parameters_only(section):
+    assert section.parameters == {"count": 3, "rate": 1}
+
+
+@pytest.mark.parametrize(("name", "value"), [("count", "3"), ("count", 3.5), ("count", True), ("rate", "fast")])
+def test_parameter_of_another_type_is_refused(notebook, name, value):
+    with pytest.raises(InputError, match=f"parameter {name} = "):
+        report.Section("01_demo", "out", {"count": 3, "rate": 0.5, name: value})
+
+
+def test_table_reads_back_at_full_precision(section):
+    frame = pd.DataFrame({"k": [1, 2], "x": [1 / 3, 1e-17], "kept": ["0 1", "0"]})
+    pd.testing.assert_frame_equal(section.table(frame, "t1_demo"), frame, check_exact=True)
+    assert "0.3333" in (section.root / "tables/t1_demo.md").read_text()
+    assert r"\begin{tabular}" in (section.root / "tables/t1_demo.tex").read_text()
+
+
+def test_missing_table_names_the_command(section, notebook):
+    (notebook / "03_compaction.ipynb").write_text("{}")
+    with pytest.raises(InputError, match=r"t3_speed.csv is missing: run ./reproduce.sh --only 03_compaction"):
+        section.read("t3_speed")
+
+
+def test_figure_bytes_are_the_same_each_time(section):
+    contents = []
+    for _ in range(2):
+        figure, axis = plt.subplots()
+        axis.plot([1, 2], [3, 4], label="a")
+        axis.legend()
+        with plt.rc_context({"svg.hashsalt": "paper"}):
+            section.figure(figure, "f1_demo")
+        plt.close(figure)
+        contents.append([(section.root / f"figures/f1_demo.{form}").read_bytes() for form in ("svg", "pdf", "png")])
+    assert contents[0] == contents[1]
+
+
+def test_provenance_names_versions_and_parameters(section):
+    section.finish(texts={"train": "abc"})
+    record = json.loads((section.root / "tables/01_demo.json").read_text())
+    assert record["parameters"] == {"count": 3, "rate": 1}
+    assert record["texts_sha256"] == {"train": "abc"}
+    assert record["versions"]["torch"].startswith("2.13.0")
+    assert record["peak_memory_bytes"] > 1e7
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), report.replacing(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["t.csv"]
+
+
+def test_full_disk_is_one_line(tmp_path):
+    expected = pytest.raises(InputError, match=r"cannot write .*t.csv .No space left on device.: free space")
+    with expected, report.replacing(tmp_path / "t.csv"), open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+        full.flush()
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_that_cannot_be_written_is_refused_at_the_start(notebook):
+    (notebook / "out").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="cannot write to out"):
+        report.Section("01_demo", "out", {"count": 3, "rate": 0.5})
+
+
+def test_kept_text_round_trip():
+    assert report.kept_tuple(report.kept_text((0, 3, 12))) == (0, 3, 12)
+    assert report.kept_tuple(7) == (7,)  # pandas reads a column of single layers as integers
