@@ -4,6 +4,11 @@ Each module holds one idea; the notebooks call them in order. Import the module 
 for example ``from paper_src import models, scoring``.
 """
 
+import warnings
+
+# tqdm.auto, which transformers imports, asks for ipywidgets in a notebook; our bars are plain text
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; one line with the value, the limit and the remedy."""

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,14 @@ import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from paper_src import InputError
 from paper_src.report import check_types, declared, replacing
+
+# over files and not over TCP ports, which kernels that start together take from one another
+LOCAL = Config(KernelManager={"transport": "ipc"})
+NOISE = re.compile(r"(Executing|Ending) Cell|(In|Out)put Notebook|Working dir|Executing notebook")
 
 
 def parameters_for(notebook: Path, profile: Path, overrides: dict[str, object]) -> dict[str, object]:
@@ -72,21 +78,16 @@ def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     try:
-        for attempt in (1, 2):
-            try:
-                papermill.execute_notebook(
-                    str(notebook),
-                    str(failed),
-                    parameters,
-                    kernel_name="python3",
-                    cwd=str(notebook.parent),
-                    log_output=True,
-                    progress_bar=False,
-                )
-                break
-            except RuntimeError as error:  # two kernels that chose the same port; a cell's error is no such
-                if attempt == 2 or "Kernel died before replying" not in str(error):
-                    raise
+        papermill.execute_notebook(
+            str(notebook),
+            str(failed),
+            parameters,
+            kernel_name="python3",
+            cwd=str(notebook.parent),
+            log_output=True,
+            progress_bar=False,
+            config=LOCAL,
+        )
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
         raise InputError(f"{notebook.stem} failed. {reason} (cells: {failed})") from error
@@ -120,6 +121,26 @@ def publish(results: Path, target: Path = Path()) -> None:
         if not place.exists() or place.read_bytes() != file.read_bytes():
             with replacing(place) as part:
                 part.write_bytes(file.read_bytes())
+    if (target / "README.md").exists() and (target / "SUMMARY.md").exists():
+        fill_readme(target / "README.md", (target / "SUMMARY.md").read_text(encoding="utf-8"))
+
+
+def claims_block(summary: str) -> str:
+    """The table of claims of SUMMARY.md, without the column of sources."""
+    section = summary.split("## The earlier report's claims")[1].split("##", maxsplit=1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return "\n".join("|" + "|".join(cells[:3]) + "|" for cells in rows)
+
+
+def fill_readme(readme: Path, summary: str) -> None:
+    """Put the table of claims between the two marks of README.md, so that its numbers are the tables'."""
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split(" kept equal by ./reproduce.sh -->", 1)
+    tail = rest.split("<!-- /claims -->", 1)[1]
+    new = f"{head} kept equal by ./reproduce.sh -->\n{claims_block(summary)}\n<!-- /claims -->{tail}"
+    if new != text:
+        with replacing(readme) as part:
+            part.write_text(new, encoding="utf-8")
 
 
 def main() -> int:
@@ -149,8 +170,16 @@ def main() -> int:
     return 0
 
 
+def _is_output(record: logging.LogRecord) -> bool:
+    """Keep what cells print; papermill's own account of cells and files is not shown."""
+    text = record.getMessage()
+    return bool(text.strip()) and not NOISE.match(text)
+
+
 def _run_with(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_output)
     given = {key: getattr(arguments, key) for key in ("model", "device") if getattr(arguments, key)}
     overrides = {**given, "results": os.path.relpath(arguments.results, "notebooks")}
     output = arguments.results / "notebooks" / arguments.notebook.name

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from paper_src import reported
 from paper_src.report import kept_tuple
@@ -36,7 +37,6 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
 TITLES = {
     "fisher": "Fisher (empirical)",
     "fisher_true": "Fisher (true)",
-    "fisher_per_parameter": "Fisher per parameter",
     "grad_norm": "gradient norm",
     "taylor": "Taylor",
     "block_influence": "block influence",
@@ -65,6 +65,7 @@ def importance(table: pd.DataFrame, scores: list[str]) -> Figure:
             error = table.get(f"{score}_se", pd.Series(np.zeros(len(table))))
             axis.bar(table["layer"], table[score], yerr=error, color=BLUE, width=0.8, error_kw={"elinewidth": 0.7})
             axis.set_title(TITLES.get(score, score))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             values = table[score]
             if values.min() > 0 and values.max() / values.median() > 20:
                 axis.set_yscale("log")
@@ -161,30 +162,38 @@ def speed(table: pd.DataFrame, depth: int) -> Figure:
     return figure
 
 
+STRATEGIES = {
+    "random": ("#b5b5b5", "."), "top_k": (BLUE, "o"), "distributed": (ORANGE, "s"), "drop_block": (GREEN, "^"),
+    "first_and_last": (PURPLE, "v"), "evenly_spaced": (SKY, "D"), "reported_list": (RED, "X"),
+}  # fmt: skip
+
+
 def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series) -> Figure:
     """Cosine and perplexity ratio against measured speedup, with random selections and the trivial predictor.
+
+    The strategies of one k share its speedup; their points stand side by side so that they can be seen.
 
     Args:
         fidelity: t4_fidelity.
         draws: t4_random, one row a random draw.
         speed_by_k: k -> measured prefill speedup.
     """
-    styles = {"top_k": (BLUE, "o"), "distributed": (ORANGE, "s"), "drop_block": (GREEN, "^"),
-              "first_and_last": (PURPLE, "v"), "evenly_spaced": (SKY, "D"), "reported_list": (RED, "X")}  # fmt: skip
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
         for axis, metric in zip(axes, ("cosine", "ppl_ratio"), strict=True):
-            axis.plot(draws["k"].map(speed_by_k), draws[metric], ls="", marker=".", ms=5, color="#bbbbbb",
-                      label="random draws")  # fmt: skip
-            for strategy, (colour, marker) in styles.items():
-                rows = fidelity[fidelity["strategy"] == strategy]
-                axis.plot(rows["k"].map(speed_by_k), rows[metric], ls="", marker=marker, ms=5, color=colour,
-                          mec="white", mew=0.4, label=strategy.replace("_", " "))  # fmt: skip
+            for place, (strategy, (colour, marker)) in enumerate(STRATEGIES.items()):
+                rows = draws if strategy == "random" else fidelity[fidelity["strategy"] == strategy]
+                x = rows["k"].map(speed_by_k) * (1 + 0.011 * (place - len(STRATEGIES) // 2))
+                axis.plot(x, rows[metric], ls="", marker=marker, ms=5, color=colour, mec="white", mew=0.4,
+                          label="random draws" if strategy == "random" else strategy.replace("_", " "))  # fmt: skip
             trivial = fidelity.loc[fidelity["strategy"] == "trivial", metric].item()
             axis.axhline(trivial, color="black", lw=1, ls="--", label="trivial predictor (a constant)")
-            axis.set_xlabel("measured speedup (prefill, hidden states)")
-        axes[0].fill_between(reported.SPEEDUP_RANGE, *reported.COSINE_RANGE, color=RED, alpha=0.25, lw=0,
-                             label="earlier report")  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_xticks(speed_by_k, [f"{x:.2f}\nk = {k}" for k, x in speed_by_k.items()], minor=False)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xlabel("measured speedup (prefill of hidden states)")
+        box = dict(color=RED, alpha=0.25, lw=0, label="earlier report")
+        axes[0].fill_between(reported.SPEEDUP_RANGE, *reported.COSINE_RANGE, **box)
         axes[0].axhline(reported.COSINE_TARGET, color=RED, lw=1, ls=":", label="its target")
         axes[0].set_ylabel("cosine to the full model's last hidden state")
         axes[1].set_yscale("log")

@@ -284,8 +284,8 @@ class _ActivationSums:
 
     @torch.no_grad()
     def _hook(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-        before = (args[0] if args else kwargs["hidden_states"]).float()  # (B, T, d)
-        after = (output[0] if isinstance(output, tuple) else output).float()
+        before = (args[0] if args else kwargs["hidden_states"]).detach().float()  # (B, T, d)
+        after = (output[0] if isinstance(output, tuple) else output).detach().float()
         norms = after.norm(dim=-1)  # (B, T)
         keep = norms <= SINK_RATIO * norms.median(dim=1, keepdim=True).values
         cosine = functional.cosine_similarity(before, after, dim=-1)  # (B, T)

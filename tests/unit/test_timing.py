@@ -1,0 +1,210 @@
+"""Counted work against hand arithmetic, ratios against planted seconds. No test asserts a measured time."""
+
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from paper_src import timing
+from paper_src.compaction import compact, save
+from paper_src.models import last_hidden
+from paper_src.timing import Workload, checkpoint_bytes, compare_speed, count_flops, run_seconds
+
+# of a tiny Llama's layer, 2 operations each: q and o, k and v of half as many heads, and three maps of the MLP
+LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # a token
+ATTENTION = 2 * 2 * 32  # a pair of query and key: the product of both, and the weighted value
+HEAD = 2 * 32 * 96  # a token
+
+FULL_SECONDS = [8.0, 4.0, 6.0]  # a machine that drifts
+COLUMNS = ["task", "batch", "length", "new_tokens", "k", "speedup", "speedup_lo", "speedup_hi"]
+COLUMNS += ["ideal", "share_of_ideal", "full_ms", "compact_ms", "rounds"]
+
+
+def flops(model, *workload):
+    work = Workload(*workload)
+    return count_flops(model, work, timing._prompt(model, work, 0))
+
+
+def watch_inputs(model):
+    """A list that grows by the token ids of each call of ``model``."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    return seen
+
+
+@pytest.fixture
+def planted(llama, monkeypatch):
+    """Compact models by k, and a log of runs: k of 4 layers take k/4 of ``FULL_SECONDS``."""
+    models = {k: compact(llama, range(k)) for k in (1, 2)}
+    layers = {id(llama): 4, **{id(model): k for k, model in models.items()}}
+    log = []
+
+    def planted_seconds(model, workload, prompt):
+        log.append(layers[id(model)])
+        return FULL_SECONDS[(len(log) - 1) // 3] * layers[id(model)] / 4
+
+    monkeypatch.setattr(timing, "run_seconds", planted_seconds)
+    return models, log
+
+
+# Work
+
+
+def test_flops_of_hidden_states_are_those_of_the_layers(llama):
+    assert flops(llama, "prefill_hidden", 2, 7) == 4 * 2 * (7 * LINEAR + 7 * 7 * ATTENTION)
+
+
+def test_flops_of_logits_add_the_head_for_every_token(llama):
+    difference = flops(llama, "prefill_logits", 2, 7) - flops(llama, "prefill_hidden", 2, 7)
+    assert difference == 2 * 7 * HEAD
+
+
+def test_flops_of_decoding_grow_with_the_cache_and_leave_out_the_prefill(llama):
+    pairs = 8 + 9 + 10  # the first new token sees the prompt of 7 and itself
+    assert flops(llama, "decode", 2, 7, 3) == 2 * (3 * (4 * LINEAR + HEAD) + 4 * pairs * ATTENTION)
+
+
+@pytest.mark.parametrize("task", timing.TASKS)
+def test_flops_of_a_compact_model_lack_those_of_the_removed_layers(llama, task):
+    counts = [flops(compact(llama, range(k)), task, 2, 7, 3) for k in (1, 2, 3, 4)]
+    assert len(set(np.diff(counts))) == 1 and counts[0] < counts[1]
+
+
+@torch.no_grad()
+def test_prefill_tasks_return_states_and_logits(llama):
+    prompt = torch.arange(3, 10)[None]
+    run = timing._work(llama, Workload("prefill_hidden", 1, 7), prompt)
+    assert torch.equal(run(), last_hidden(llama, prompt))
+    run = timing._work(llama, Workload("prefill_logits", 1, 7), prompt)
+    assert torch.equal(run(), llama(prompt).logits)
+
+
+@torch.no_grad()
+def test_decoding_takes_the_tokens_of_greedy_generation(full, make_blocks):
+    prompt = make_blocks(2, 7)
+    full.generation_config.eos_token_id = None  # the number of steps is fixed
+    expected = full.generate(prompt, max_new_tokens=6, do_sample=False)[:, 7:]
+    run = timing._work(full, Workload("decode", 2, 7, 5), prompt)
+    fed = watch_inputs(full)
+    logits = run()
+    assert torch.equal(torch.cat(fed, dim=1), expected[:, :5])
+    assert torch.equal(logits[:, -1].argmax(-1), expected[:, 5])
+
+
+def test_run_prefills_before_it_decodes(llama):
+    fed = watch_inputs(llama)
+    workload = Workload("decode", 2, 7, 3)
+    assert run_seconds(llama, workload, timing._prompt(llama, workload, 0)) > 0
+    assert [tuple(ids.shape) for ids in fed] == [(2, 7), (2, 1), (2, 1), (2, 1)]
+
+
+def test_prompt_follows_its_seed(llama):
+    workload = Workload("decode", 2, 50, 3)
+    prompt = timing._prompt(llama, workload, 1)
+    assert prompt.shape == (2, 50) and prompt.max() < 96
+    assert torch.equal(prompt, timing._prompt(llama, workload, 1))
+    assert not torch.equal(prompt, timing._prompt(llama, workload, 2))
+
+
+# Comparison
+
+
+def test_rows_have_their_columns_for_every_compact_model(llama, planted):
+    rows = compare_speed(llama, planted[0], Workload("prefill_hidden", 2, 7), rounds=3)
+    assert [list(row) for row in rows] == [COLUMNS] * 2
+    assert [list(row.values())[:5] for row in rows] == [["prefill_hidden", 2, 7, 0, k] for k in (1, 2)]
+    assert [row["rounds"] for row in rows] == [3, 3]
+
+
+def test_ratios_are_taken_within_a_round(llama, planted):
+    one, two = compare_speed(llama, planted[0], Workload("prefill_hidden", 2, 7), rounds=3)
+    assert (one["speedup_lo"], one["speedup"], one["speedup_hi"]) == (4, 4, 4)
+    assert (two["speedup_lo"], two["speedup"], two["speedup_hi"]) == (2, 2, 2)
+    assert (one["full_ms"], one["compact_ms"], two["compact_ms"]) == (6000, 1500, 3000)
+
+
+def test_ideal_is_the_ratio_of_operations(llama, planted):
+    work = ("prefill_logits", 2, 7)
+    one, _ = compare_speed(llama, planted[0], Workload(*work), rounds=3)
+    assert one["ideal"] == flops(llama, *work) / flops(planted[0][1], *work)
+    assert one["share_of_ideal"] == pytest.approx(4 / one["ideal"])
+    assert one["ideal"] < 4  # the head stays
+
+
+def test_order_of_models_rotates(llama, planted):
+    compare_speed(llama, planted[0], Workload("prefill_hidden", 2, 7), rounds=3)
+    assert planted[1] == [4, 1, 2, 1, 2, 4, 2, 4, 1]
+
+
+def test_real_runs_give_positive_seconds(llama):
+    (row,) = compare_speed(llama, {2: compact(llama, [0, 3])}, Workload("decode", 1, 4, 2), rounds=2)
+    assert min(row["full_ms"], row["compact_ms"]) > 0
+    assert row["speedup_lo"] <= row["speedup"] <= row["speedup_hi"]
+
+
+def test_ratio_interval_by_hand():
+    """A median of 3 draws from (1, 2, 9) is 1 or 9 in 7 of 27 cases each: both ends are inside the 95%."""
+    interval = timing._ratio_interval(np.array([1.0, 2.0, 9.0]), seed=0)
+    assert interval == {"speedup": 2, "speedup_lo": 1, "speedup_hi": 9}
+
+
+def test_ratio_interval_ignores_a_rare_outlier():
+    """A median of 9 draws that is the outlier needs 5 of 9 picks of it: less than 1 case in 400."""
+    interval = timing._ratio_interval(np.array([2.0] * 8 + [50.0]), seed=0)
+    assert interval == {"speedup": 2, "speedup_lo": 2, "speedup_hi": 2}
+
+
+@pytest.mark.parametrize(
+    ("workload", "message"),
+    [
+        (Workload("sing", 1, 4), "task 'sing': use one of"),
+        (Workload("prefill_hidden", 0, 4), "must be at least 1"),
+        (Workload("prefill_logits", 1, 0), "must be at least 1"),
+        (Workload("decode", 1, 4), r"new_tokens=0\): .* must be at least 1"),
+    ],
+)
+def test_bad_workloads_are_refused(llama, workload, message, refused):
+    with refused(message):
+        compare_speed(llama, {}, workload)
+
+
+# Memory
+
+
+def test_checkpoint_bytes_count_weight_files_only(tmp_path):
+    for name, size in {"model-1.safetensors": 10, "model-2.safetensors": 20, "tokenizer.json": 40}.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert checkpoint_bytes(tmp_path) == 30
+
+
+def test_checkpoint_of_a_compact_model_is_smaller_by_the_removed_layers(llama, tmp_path):
+    for k in (3, 4):
+        save(compact(llama, range(k)), None, tmp_path / str(k), "tiny", range(k), 4)
+    difference = checkpoint_bytes(tmp_path / "4") - checkpoint_bytes(tmp_path / "3")
+    layer = 4 * (LINEAR // 2 + 2 * 32)  # float32, with two norms
+    assert layer <= difference < layer + 1000  # the header names 9 tensors less
+
+
+def test_resident_bytes_see_an_allocation_and_the_peak_remembers_it():
+    before = timing.resident_bytes()
+    block = np.ones(8 * 2**20)  # 64 MiB, every page touched
+    assert timing.resident_bytes() > before + 0.9 * block.nbytes
+    expected = before + 0.9 * block.nbytes
+    del block
+    assert timing.peak_resident_bytes() > expected
+
+
+def test_peak_comes_from_the_system_call_where_there_is_no_status_file(monkeypatch):
+    monkeypatch.setattr(timing, "_status", lambda field: None)
+    monkeypatch.setattr(timing.sys, "platform", "linux")
+    expected = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert timing.resident_bytes() == pytest.approx(expected, rel=0.1)
+
+
+def test_peak_memory_of_a_fresh_process_covers_the_weights(make_model, tmp_path):
+    model = make_model("llama", vocab_size=200_000)  # 2 * 25.6 MB
+    save(model, None, tmp_path / "wide", "tiny", range(4), 4)
+    del model
+    peak = timing.peak_memory(tmp_path / "wide", Workload("decode", 1, 4, 2), "float32", "cpu")
+    assert checkpoint_bytes(tmp_path / "wide") < peak < 2**31
