@@ -33,7 +33,7 @@ def record(name):
 
 
 RUN = (
-    f"{sys.executable} -m paper_src.execute {{input[0]}} --profile {{input[1]}} --results {OUT}"
+    f"exec {sys.executable} -m paper_src.execute {{input[0]}} --profile {{input[1]}} --results {OUT}"
     + (f" --model '{MODEL}'" if MODEL else "")
     + (f" --device '{DEVICE}'" if DEVICE else "")
 )

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -176,7 +177,20 @@ def _is_output(record: logging.LogRecord) -> bool:
     return bool(text.strip()) and not NOISE.match(text)
 
 
+def _stop_with_parent() -> None:
+    """End this process when the one that started it is gone, killed perhaps; the kernel then ends by itself."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _run_with(arguments: argparse.Namespace) -> None:
+    _stop_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_output)

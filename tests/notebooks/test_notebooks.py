@@ -10,7 +10,7 @@ import shutil
 import nbformat
 import pandas as pd
 import pytest
-from conftest import BASELINE, NOTEBOOKS, ROOT, prepared
+from harness import BASELINE, NOTEBOOKS, ROOT, prepared
 from pytest_notebook.nb_regression import NBRegressionFixture
 
 from paper_src import execute

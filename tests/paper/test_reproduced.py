@@ -3,13 +3,14 @@
 import io
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
 
+ROOT = Path(__file__).parents[2]
 TABLES = sorted(path.name for path in (ROOT / "tables").glob("*.csv"))
 RULES = yaml.safe_load((ROOT / "tests/paper/tolerances.yaml").read_text())
 

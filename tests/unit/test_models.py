@@ -110,7 +110,7 @@ def test_encoder_decoder_is_refused(make_model, refused):
 
 
 def test_model_without_layers_is_refused(llama, refused):
-    llama.model.layers = nn.ModuleList()
+    llama.model.layers = nn.ModuleList(nn.Identity() for _ in range(4))  # a list, but of nothing to cut
     with refused("LlamaForCausalLM has no list of 4 layers"):
         locate_layers(llama)
 

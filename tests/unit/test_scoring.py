@@ -281,7 +281,7 @@ def test_module_used_twice_is_refused(llama, make_blocks, refused):
 
 
 def test_experts_that_mix_sequences_are_refused(make_model, make_blocks, refused):
-    with refused("layer 0, mlp.gate: its input does not start with the batch of 2; .* batch_size=1"):
+    with refused("layer 0, mlp.gate: .*batch_size=1"):
         score_layers(make_model("mixtral"), make_blocks(2, 6))
 
 
