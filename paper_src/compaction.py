@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -92,9 +91,15 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         (part / "README.md").write_text(_card(model, source, kept, depth, note), encoding="utf-8")
+        old = Path(scratch) / "old"
         if folder.exists():
-            shutil.move(folder, Path(scratch) / "old")
-        os.replace(part, folder)
+            os.replace(folder, old)
+        try:
+            os.replace(part, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     return folder
 
 

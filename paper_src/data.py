@@ -39,10 +39,13 @@ def load_text(name: str, split: str) -> tuple[str, str]:
         path = fetch(WIKITEXT2[split])
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return file.read(), sha256(path)
-    path = Path(name) / f"{split}.txt"
+    path = Path(name).expanduser() / f"{split}.txt"
     if not path.is_file():
         raise InputError(f"no text {path}: give 'wikitext-2' or a folder with train.txt, valid.txt, test.txt")
-    return path.read_text(encoding="utf-8"), sha256(path)
+    try:
+        return path.read_text(encoding="utf-8"), sha256(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
@@ -54,6 +57,8 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, leng
     Raises:
         InputError: the text is too short to hold ``count`` windows of ``length`` tokens.
     """
+    if min(count, length) < 1:
+        raise InputError(f"{count} blocks of {length} tokens: ask for at least 1 of each")
     generator = torch.Generator().manual_seed(seed)
     stretch = len(text) // count
     draws = torch.rand(count, generator=generator).tolist()

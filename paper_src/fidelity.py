@@ -98,7 +98,7 @@ def compare_constant(model: PreTrainedModel, full: Reference) -> dict[str, np.nd
 
 def _compare_block(full: Reference, index: int, state: Tensor, logits: Tensor) -> dict[str, float]:
     """All metrics of one block, from states (T, d) and logits (T, V)."""
-    h, other, mean = full.hidden[index].float(), state.float(), full.mean_state
+    h, other, mean = full.hidden[index].float(), state.float(), full.mean_state.to(state.dtype).float()
     labels = full.blocks[index, 1:]
     kl, agree, nll = [], [], []
     for low in range(0, len(h), 64):  # a few rows at a time stay in the processor's cache

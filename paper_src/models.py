@@ -53,16 +53,17 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     """
     transformers_logging.disable_progress_bar()
     device = pick_device(device)
+    torch_dtype = pick_dtype(dtype, device)
     folder, gguf = _locate(name)
     arguments = {"gguf_file": gguf} if gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
         weights = arguments or {"use_safetensors": True}
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=pick_dtype(dtype, device), output_loading_info=True, **weights
+            folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **weights
         )
     except Exception as error:  # the libraries raise a dozen types for files that cannot be read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         raise InputError(f"cannot load {name} ({reason}): fetch the model again, or name another") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
@@ -71,6 +72,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     digest = "+".join(sha256(file) for file in files)
     return Loaded(model.to(device).eval(), tokenizer, name, digest)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _locate(name: str) -> tuple[Path, str | None]:
@@ -106,7 +111,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except Exception as error:  # network, authorisation, unknown id: each its own class
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error
 
 
@@ -124,7 +129,10 @@ def pick_device(device: str = "auto") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r}: this machine shows no CUDA device; use cpu")
-    return device
+    try:
+        return str(torch.device(device))
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: torch knows no such device; use cpu, cuda or auto") from error
 
 
 def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
@@ -159,7 +167,7 @@ def locate_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     config = model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{type(model).__name__} has two stacks of layers: use a decoder-only model")
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = getattr(config, "num_hidden_layers", "num_hidden_layers")
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -185,6 +193,14 @@ def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     return model.base_model(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
 
 
+class _Known(BaseModelOutputWithPast):
+    """An output whose every other field (router logits, cross attentions, ...) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Fixed(nn.Module):
     """Stands in for the stack of layers and returns a hidden state that is already known."""
 
@@ -192,8 +208,13 @@ class _Fixed(nn.Module):
         super().__init__()
         self.hidden = hidden
 
+    @property
+    def decoder(self) -> nn.Module:
+        """Itself: some heads (OPT) call the decoder inside their base model."""
+        return self
+
     def forward(self, *args, **kwargs) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return _Known(last_hidden_state=self.hidden)
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

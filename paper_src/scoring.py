@@ -72,7 +72,8 @@ def score_layers(
       by the layer's parameter count; ``grad_norm`` = E ||g||;
     - ``taylor`` = E |theta . g|, the first-order change of the loss when the layer's weights go to zero
       (Molchanov et al. 2019, arXiv:1906.10771, with the whole layer as one group);
-    - ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` of the layer's output, and
+    - ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` (E (h - mean)^4 / variance^2)
+      of the layer's output over a sequence's tokens and units, and
       ``..._no_sink`` without the tokens whose norm is above ``SINK_RATIO`` times the sequence's median;
     - ``block_influence`` = 1 - E cos(input, output) over tokens (ShortGPT, arXiv:2403.03853, eq. 1), the
       last layer's output taken before the final norm.
@@ -90,6 +91,8 @@ def score_layers(
     Raises:
         InputError: blocks too short, a layer that is used twice or flattens the batch, non-finite scores.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: give at least 1")
     if blocks.ndim != 2 or blocks.shape[1] < 2 or not len(blocks):
         raise InputError(f"blocks have shape {tuple(blocks.shape)}: give (N, T) token ids with T >= 2")
     if labels not in ("text", "model"):
@@ -145,7 +148,7 @@ def _score_batch(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores (B, L) of one batch, and the last token's states (B, L+1, d) before each layer and at the end."""
     batch = batch.to(model.device)
-    gradients = _GradientSums(layers, len(batch))
+    gradients = _GradientSums(layers, *batch.shape)
     activations = _ActivationSums(layers)
     embedding = model.get_input_embeddings()
     root = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -182,44 +185,79 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, batch: Tensor, genera
 class _GradientSums:
     """Per-sequence ||g||^2 and theta . g of each layer, summed by hooks during one backward pass."""
 
-    def __init__(self, layers: nn.ModuleList, batch_size: int):
+    def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int):
         device = next(layers.parameters()).device
+        self.tokens = tokens
+        self.saved: list[tuple[nn.Parameter, Tensor | None]] = []
         self.squared = torch.zeros(batch_size, len(layers), dtype=torch.float64, device=device)
         self.inner = torch.zeros_like(self.squared)
         self.inputs: dict[nn.Module, Tensor] = {}
-        self.handles = [
-            module.register_forward_hook(self._forward_hook(index, name))
-            for index, layer in enumerate(layers)
-            for name, module in layer.named_modules()
-            if any(True for _ in module.parameters(recurse=False))
-        ]
+        self.handles = []
+        for index, layer in enumerate(layers):
+            for name, module in layer.named_modules():
+                own = list(module.parameters(recurse=False))
+                if isinstance(module, nn.Linear | Conv1D) or all(parameter.ndim == 1 for parameter in own):
+                    if own:
+                        self.handles.append(module.register_forward_hook(self._forward_hook(index, name)))
+                else:
+                    self._watch(index, name, own)
 
     def remove(self) -> None:
         """Take the hooks off and let go of what they hold."""
         for handle in self.handles:
             handle.remove()
         self.inputs.clear()
+        for parameter, gradient in self.saved:
+            parameter.grad = gradient
+
+    def _watch(self, index: int, name: str, parameters: list[nn.Parameter]) -> None:
+        """Experts and routers mix a batch's sequences: take their parameters' own gradients, one sequence a step."""
+        if len(self.squared) > 1:
+            self.remove()
+            raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
+
+        def reduce(parameter: Tensor) -> None:
+            self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
+            self.inner[0, index] += _sum_products(parameter.grad[None], parameter.detach()[None])[0]
+            parameter.grad = None
+
+        for parameter in parameters:
+            self.saved.append((parameter, parameter.grad))
+            parameter.grad = None
+            parameter.requires_grad_(True)  # _frozen puts it back
+            self.handles.append(parameter.register_post_accumulate_grad_hook(reduce))
 
     def _forward_hook(self, index: int, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             x = args[0] if args else None
             batch_size = len(self.squared)
-            if not (isinstance(x, Tensor) and isinstance(output, Tensor)) or len(x) != batch_size:
+            tensors = isinstance(x, Tensor) and isinstance(output, Tensor)
+            if not tensors or len(x) not in (batch_size, batch_size * self.tokens):
                 raise InputError(
                     f"layer {index}, {name}: its input does not start with the batch of {batch_size}; "
-                    "score this model with batch_size=1 or leave the gradient scores out"
+                    "score this model with batch_size=1"
                 )
             if module in self.inputs:
                 raise InputError(f"layer {index}, {name} is used twice in one pass: its weights are shared")
             self.inputs[module] = x.detach()
-            value = output.detach()
-            output.register_hook(lambda gradient: self._reduce(index, module, value, gradient))
+            value, version = output.detach(), output._version
+
+            @torch.no_grad()
+            def reduce(gradient: Tensor) -> None:
+                # an in-place sum (Falcon's MLP and attention) has overwritten the output: make it again
+                kept = value if value._version == version else module.forward(self.inputs[module])
+                self._reduce(index, module, kept, gradient)
+
+            output.register_hook(reduce)
 
         return hook
 
     @torch.no_grad()
     def _reduce(self, index: int, module: nn.Module, output: Tensor, gradient: Tensor) -> None:
         x = self.inputs.pop(module)
+        size = len(self.squared)
+        if len(x) != size:  # OPT flattens (B, T, .) to (B T, .)
+            x, gradient, output = (tensor.unflatten(0, (size, -1)) for tensor in (x, gradient, output))
         if isinstance(module, nn.Linear | Conv1D):
             x, gradient, output = (tensor.flatten(1, -2) for tensor in (x, gradient, output))  # (B, T, .)
             squared = _squared_norms(x, gradient)

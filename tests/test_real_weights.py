@@ -16,9 +16,10 @@ sys.modules["paper_src"] = None  # an import of it would fail
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 prompt = tokenizer("The history of", return_tensors="pt")
-runs = [model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache)[0].tolist() for cache in (True, False)]
-assert runs[0] == runs[1]
-print(model.config.num_hidden_layers, *runs[0])
+settings = {"max_new_tokens": 8, "do_sample": False}
+cached, plain = (model.generate(**prompt, **settings, use_cache=cache)[0].tolist() for cache in (True, False))
+assert cached == plain
+print(model.config.num_hidden_layers, *cached)
 """
 
 

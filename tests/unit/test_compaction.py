@@ -248,7 +248,6 @@ def test_save_that_fails_leaves_everything_as_it_was(llama, tmp_path, monkeypatc
     assert {path: files_of(path) for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="save deletes the older folder when its last rename fails")
 def test_older_folder_is_put_back_when_the_last_step_fails(llama, tmp_path, monkeypatch):
     save(llama, None, tmp_path / "cut", "tiny", range(4), 4)
     before = files_of(tmp_path / "cut")

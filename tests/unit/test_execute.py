@@ -16,7 +16,7 @@ def project(tmp_path, monkeypatch):
     cells[0].metadata["tags"] = ["parameters"]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "profiles").mkdir()
-    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks/01_demo.ipynb")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -11,10 +11,6 @@ from torch.nn import functional
 from paper_src.models import decoder_layers
 from paper_src.scoring import SINK_RATIO, LayerScores, _squared_norms, combined_score, score_layers
 
-FLATTENED = "an OPT layer flattens the batch before its MLP, and no batch size is accepted"
-IN_PLACE = "a Falcon layer adds attention to its MLP's output in place, after scoring kept a view of it"
-NO_HEAD = "logits_of fails for GPT-2"
-
 
 def gradients_by_backward(model, blocks):
     """Per-sequence ||g||^2, ||g|| and |theta . g|, each (N, L), from p.grad after one backward() a sequence."""
@@ -51,9 +47,7 @@ def assert_gradient_scores(scores, expected):
 # Gradients
 
 
-def test_gradient_scores_equal_a_loop_of_backward(family, full, make_blocks, request):
-    reasons = {"gpt2": NO_HEAD, "opt": FLATTENED, "falcon": IN_PLACE}
-    request.applymarker(pytest.mark.xfail(family in reasons, strict=True, reason=reasons.get(family, "")))
+def test_gradient_scores_equal_a_loop_of_backward(family, full, make_blocks):
     blocks = make_blocks(3, 12)
     assert_gradient_scores(score_layers(full, blocks), gradients_by_backward(full, blocks))
 
@@ -64,7 +58,6 @@ def test_gradient_scores_are_right_at_every_length(llama, make_blocks, length):
     assert_gradient_scores(score_layers(llama, blocks), gradients_by_backward(llama, blocks))
 
 
-@pytest.mark.xfail(strict=True, reason=IN_PLACE)
 def test_gradient_scores_of_parallel_falcon_layers_with_two_norms(make_model, make_blocks):
     model, blocks = make_model("falcon", new_decoder_architecture=True, bias=True), make_blocks(2, 12)
     assert_gradient_scores(score_layers(model, blocks), gradients_by_backward(model, blocks))
@@ -285,7 +278,6 @@ def test_experts_that_mix_sequences_are_refused(make_model, make_blocks, refused
         score_layers(make_model("mixtral"), make_blocks(2, 6))
 
 
-@pytest.mark.xfail(strict=True, reason="experts are refused with batch_size=1 too, the remedy of the message")
 def test_experts_are_scored_one_sequence_at_a_time(make_model, make_blocks):
     model, blocks = make_model("mixtral"), make_blocks(2, 6)
     assert_gradient_scores(score_layers(model, blocks, batch_size=1), gradients_by_backward(model, blocks))
