@@ -11,8 +11,11 @@ from paper_src import InputError, execute
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project with one notebook of two cells and one profile."""
-    cells = [nbformat.v4.new_code_cell("results: str = 'out'  # folder\ncount: int = 1  # number"),
-             nbformat.v4.new_code_cell("assert count < 5, 'count is too large\\nsecond line'\nprint(count)")]  # fmt: skip
+    sources = (
+        "results: str = 'out'  # folder\ncount: int = 1  # number",
+        "assert count < 5, 'count is too large\\nsecond line'\nprint(count)",
+    )
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
     cells[0].metadata["tags"] = ["parameters"]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "profiles").mkdir()
