@@ -1,6 +1,6 @@
 """Prefill of a compact model against the full one: the paper's speed claim, as ratios in one run.
 
-    python benchmarks/prefill.py [--model NAME] [--dtype auto] [--keep 8] [--rounds 15]
+python benchmarks/prefill.py [--model NAME] [--dtype auto] [--keep 8] [--rounds 15]
 """
 
 import argparse

@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from paper_src import reported
+from paper_src.report import kept_tuple
 
 Read = Callable[[str], pd.DataFrame]
 GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
@@ -124,11 +125,22 @@ def _prefill(read: Read) -> pd.DataFrame:
 
 def _pattern(read: Read) -> dict[str, float]:
     importance = read("t1_importance")
+    halves = _halves(read)
     expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
     ranks = importance["combined"].rank(ascending=False).astype(int)
     best = set(importance.nlargest(len(expected), "combined")["layer"])
-    return {"overlap": len(best & expected), "of": len(expected), "last_rank": ranks.iloc[-1],
+    fisher = set(importance.nlargest(len(expected), "fisher")["layer"])
+    return {"fisher": len(fisher & expected), "tau": halves["fisher"], "overlap": len(best & expected),
+            "of": len(expected), "last_rank": ranks.iloc[-1],
             "first_rank": ranks.iloc[0], "depth": len(importance)}  # fmt: skip
+
+
+def _recommended(read: Read) -> dict[str, float]:
+    selection, depth = read("t2_selection"), len(read("t1_importance"))
+    expected = set(reported.at_depth(reported.RECOMMENDED, depth))
+    rows = selection[(selection["strategy"] == "distributed") & (selection["k"] == selection["k"].min())]
+    rows = rows.set_index("score")["kept"].map(lambda kept: len(expected & set(kept_tuple(kept))))
+    return {"fisher": rows["fisher"], "combined": rows["combined"], "of": len(expected)}
 
 
 def _speed(read: Read) -> dict[str, float]:
@@ -188,11 +200,22 @@ CLAIMS = (
         name="first-and-last",
         reported="The most important layers are the first nine and the last one (10 of 32).",
         values=_pattern,
-        ours="{overlap} of the {of} best layers by the combined score are in that pattern; "
-        "the first layer ranks {first_rank}, the last {last_rank} of {depth}.",
-        holds=lambda v: v["overlap"] >= v["of"] - 1,
+        ours="In that pattern are {overlap} of the {of} best layers by our combined score and {fisher} of {of} by "
+        "Fisher information (halves of the text agree with tau {tau:.2f}); by the combined score the first layer ranks "
+        "{first_rank}, the last {last_rank} of {depth}.",
+        holds=lambda v: v["fisher"] >= 0.8 * v["of"],
         expected=None,
         source="t1_importance (01_importance)",
+    ),
+    Claim(
+        name="recommended-layers",
+        reported="Distributed selection recommends layers " + ", ".join(map(str, reported.RECOMMENDED)) + " of 32.",
+        values=_recommended,
+        ours="Carried over by relative depth, {fisher} of these {of} layers are chosen by Fisher information and "
+        "{combined} by our combined score.",
+        holds=lambda v: v["fisher"] >= 0.75 * v["of"],
+        expected=None,
+        source="t2_selection (02_selection)",
     ),
     Claim(
         name="speed-of-recommended",

@@ -87,7 +87,7 @@ def agreement(table: pd.DataFrame) -> Figure:
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure, axis = plt.subplots(figsize=(7.4, 6.2))
         image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
-        labels = [TITLES.get(name, name) for name in names]
+        labels = [TITLES.get(name, name.replace("_", " ")) for name in names]
         axis.set_xticks(range(len(names)), labels, rotation=40, ha="right")
         axis.set_yticks(range(len(names)), labels)
         for (row, column), value in np.ndenumerate(matrix.to_numpy()):
@@ -123,7 +123,10 @@ def selection_label(row: pd.Series) -> str:
     """Readable name of a row of t2_selection or t4_fidelity."""
     strategy = str(row["strategy"]).replace("_", " ")
     score = row["score"]
-    return strategy if pd.isna(score) else f"{strategy}: {TITLES.get(score, score)}"
+    if pd.isna(score):
+        return strategy
+    title = TITLES.get(score, score.replace("_", " "))
+    return f"{strategy}: {title}"
 
 
 def speed(table: pd.DataFrame, depth: int) -> Figure:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
@@ -58,7 +58,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     arguments = {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
-        weights = arguments or {"use_safetensors": True}
+        dense = {
+            "quantization_config": GgufConfig(dequantize=True)
+        }  # plain weights, also where kernels take packed ones
+        weights = {**arguments, **dense} if gguf else {"use_safetensors": True}
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **weights
         )
