@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from paper_src.execute import parameters_for
@@ -15,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def prepared(notebook: Path, results: Path, folder: Path) -> Path:
     """A copy of ``notebook`` with the tiny profile's parameters and the baseline's outputs, cell by cell."""
     values = parameters_for(notebook, ROOT / "profiles" / "tiny.yaml", {"results": str(results)})
-    book = parameterize_notebook(nbformat.read(notebook, as_version=4), values)
+    book = parameterize_notebook(load_notebook_node(str(notebook)), values)
     known = baseline_outputs(notebook.name)
     for index, cell in enumerate(book.cells):
         cell.metadata.pop("papermill", None)
