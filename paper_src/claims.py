@@ -29,6 +29,7 @@ class Claim:
         values: from the tables to the numbers of ``ours``.
         ours: our finding; its fields are filled from ``values``.
         holds: whether the earlier claim holds on our numbers.
+        rule: ``holds`` in words.
         expected: the verdict committed to: True, False, or None where it may go either way with the machine.
         source: table and notebook of the numbers.
     """
@@ -38,6 +39,7 @@ class Claim:
     values: Callable[[Read], dict[str, float]]
     ours: str
     holds: Callable[[dict[str, float]], bool]
+    rule: str
     expected: bool | None
     source: str
 
@@ -52,6 +54,7 @@ def table(read: Read, claims: tuple[Claim, ...] | None = None) -> pd.DataFrame:
             "reported": claim.reported,
             "ours": claim.ours.format(**values),
             "holds": bool(claim.holds(values)),
+            "rule": claim.rule,
             "expected": claim.expected,
             "source": claim.source,
         })  # fmt: skip
@@ -204,6 +207,7 @@ CLAIMS = (
         "Fisher information (halves of the text agree with tau {tau:.2f}); by the combined score the first layer ranks "
         "{first_rank}, the last {last_rank} of {depth}.",
         holds=lambda v: v["fisher"] >= 0.8 * v["of"],
+        rule="80% of the pattern by Fisher",
         expected=None,
         source="t1_importance (01_importance)",
     ),
@@ -214,6 +218,7 @@ CLAIMS = (
         ours="Carried over by relative depth, {fisher} of these {of} layers are chosen by Fisher information and "
         "{combined} by our combined score.",
         holds=lambda v: v["fisher"] >= 0.75 * v["of"],
+        rule="75% of the layers by Fisher",
         expected=None,
         source="t2_selection (02_selection)",
     ),
@@ -225,6 +230,7 @@ CLAIMS = (
         ours="k = {k}: {speedup:.2f} times [{speedup_lo:.2f}, {speedup_hi:.2f}] for prefill of hidden states, "
         "{share_of_ideal:.0%} of the ideal {ideal:.2f}.",
         holds=lambda v: v["speedup_hi"] >= reported.SPEEDUP,
+        rule="the interval reaches the reported speedup",
         expected=True,
         source="t3_speed (03_compaction)",
     ),
@@ -236,6 +242,7 @@ CLAIMS = (
         ours="k = {k_low} to {k_high}, over prefill, prefill with logits and decode: {low:.2f}-{high:.2f} "
         "(ideal at most {ideal_high:.2f}).",
         holds=lambda v: v["low"] <= reported.SPEEDUP_RANGE[1] and v["high"] >= reported.SPEEDUP_RANGE[0],
+        rule="the ranges overlap",
         expected=True,
         source="t3_speed (03_compaction)",
     ),
@@ -246,6 +253,7 @@ CLAIMS = (
         ours="k = {k}: parameters divided by {parameter_compression:.2f}, layers by {layer_compression:.2f}; "
         "embedding and head are not cut.",
         holds=lambda v: v["parameter_compression"] >= reported.PARAMETER_COMPRESSION,
+        rule="at least the reported factor",
         expected=True,
         source="t3_size (03_compaction)",
     ),
@@ -258,6 +266,7 @@ CLAIMS = (
         "vector reaches {trivial:.2f}; centred cosine {own_centred:.2f}, perplexity {own_ppl:,.0f} times the full "
         "model's (constant: {trivial_ppl:,.0f} times).",
         holds=lambda v: v["own"] > v["trivial"],
+        rule="above the constant's cosine",
         expected=False,
         source="t4_fidelity (04_fidelity)",
     ),
@@ -268,6 +277,7 @@ CLAIMS = (
         ours="k = {k}, no training: the best of all selections reaches {best:.2f} (centred {best_centred:.2f}, "
         "perplexity {best_ppl:,.0f} times the full model's).",
         holds=lambda v: v["best"] > reported.COSINE_TARGET,
+        rule="any selection above the target",
         expected=False,
         source="t4_fidelity (04_fidelity)",
     ),
@@ -278,6 +288,7 @@ CLAIMS = (
         ours="Of {tests} selections by gradient scores, {better} have a lower perplexity than random selections at "
         "p <= 0.05; the median p is {median_p:.2f}, and {worse_half} do worse than most random draws.",
         holds=lambda v: v["better"] > v["tests"] / 2,
+        rule="more than half better than random at p <= 0.05",
         expected=False,
         source="t4_fidelity, t4_random (04_fidelity)",
     ),
@@ -287,6 +298,7 @@ CLAIMS = (
         values=_distributed,
         ours="Of {of} pairs (score and k), distributed has the lower perplexity in {wins}.",
         holds=lambda v: v["wins"] > v["of"] / 2,
+        rule="lower perplexity in more than half of the pairs",
         expected=True,
         source="t4_fidelity (04_fidelity)",
     ),

@@ -51,6 +51,8 @@ class Section:
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self.root / folder):
                     pass
+                for part in (self.root / folder).glob(f".[tf]{int(name[:2])}_*"):
+                    part.unlink()  # a killed run's half-written file
         except OSError as error:
             raise InputError(
                 f"cannot write to {self.root} ({error.strerror}): make it writable or set the results parameter"

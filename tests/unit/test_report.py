@@ -94,6 +94,14 @@ def test_folder_that_cannot_be_written_is_refused_at_the_start(notebook):
         report.Section("01_demo", "out", {"count": 3, "rate": 0.5})
 
 
+def test_what_a_killed_run_left_of_its_own_is_cleared(section):
+    mine, other = section.root / "tables/.t1_demo.csv-x.csv", section.root / "tables/.t2_demo.csv-x.csv"
+    mine.touch()
+    other.touch()
+    report.Section("01_demo", "out", {"count": 3, "rate": 0.5})
+    assert (mine.exists(), other.exists()) == (False, True)
+
+
 def test_kept_text_round_trip():
     assert report.kept_tuple(report.kept_text((0, 3, 12))) == (0, 3, 12)
     assert report.kept_tuple(7) == (7,)  # pandas reads a column of single layers as integers
