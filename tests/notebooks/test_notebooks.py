@@ -62,6 +62,7 @@ def test_tables_equal_the_baseline(notebook, results):
 
 def _update(name, book, results):
     (BASELINE / "tables").mkdir(parents=True, exist_ok=True)
+    book.cells = [cell for cell in book.cells if cell["id"] != "injected-parameters"]  # holds a path of this machine
     for cell in book.cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("image/png", None)
