@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ
 
 def sources(name, *modules):
     """What every rule depends on besides the tables it reads: notebook, profile, lock, modules."""
-    always = ["__init__", "execute", "report", "sources", "models", "timing"]
+    always = ["__init__", "execute", "files", "parameters", "report", "sources", "models", "timing"]
     code = [f"paper_src/{module}.py" for module in [*always, *modules]]
     return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code]
 

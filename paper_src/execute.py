@@ -17,57 +17,17 @@ import time
 from pathlib import Path
 
 import papermill
-import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from paper_src import InputError
-from paper_src.report import check_types, declared, replacing
+from paper_src.files import replacing
+from paper_src.parameters import check_profile, parameters_for
 
 # over files and not over TCP ports, which kernels that start together take from one another
 LOCAL = Config(KernelManager={"transport": "ipc"})
 NOISE = re.compile(r"(Executing|Ending) Cell|(In|Out)put Notebook|Working dir|Executing notebook")
-
-
-def parameters_for(notebook: Path, profile: Path, overrides: dict[str, object]) -> dict[str, object]:
-    """Parameters of one notebook: the profile's ``common`` ones that it declares, its own, the overrides.
-
-    Raises:
-        InputError: no such profile, or a parameter that the notebook does not declare, or of another type.
-    """
-    types = declared(notebook)
-    settings = read_profile(profile)
-    own = settings.get(notebook.stem) or {}
-    if unknown := sorted(own.keys() - types.keys()):
-        raise InputError(f"{profile}: {notebook.stem} has no parameter {unknown[0]!r}, it has {sorted(types)}")
-    shared = {key: value for key, value in {**settings["common"], **overrides}.items() if key in types}
-    values = {**shared, **own, **{key: value for key, value in shared.items() if key in overrides}}
-    check_types(types, values)
-    return values
-
-
-def read_profile(path: Path) -> dict[str, dict]:
-    """A profile: notebook name, or ``common``, -> parameters. Names of notebooks are checked."""
-    if not path.is_file():
-        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
-        raise InputError(f"no profile {path.stem!r}: there are {known}")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    notebooks = {file.stem for file in Path("notebooks").glob("*.ipynb")}
-    if unknown := sorted(settings.keys() - notebooks - {"common"}):
-        raise InputError(f"{path}: no notebook {unknown[0]!r}, there are {sorted(notebooks)}")
-    return {"common": {}, **settings}
-
-
-def check_profile(path: Path) -> None:
-    """Check every parameter of a profile against the notebooks, before anything runs."""
-    settings = read_profile(path)
-    notebooks = sorted(Path("notebooks").glob("*.ipynb"))
-    everywhere = set().union(*(declared(notebook) for notebook in notebooks))
-    if unknown := sorted(settings["common"].keys() - everywhere):
-        raise InputError(f"{path}: no notebook has the common parameter {unknown[0]!r}")
-    for notebook in notebooks:
-        parameters_for(notebook, path, {})
 
 
 def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:

@@ -5,28 +5,26 @@ precision (with a Markdown and a LaTeX copy for reading), a figure is SVG, PDF a
 """
 
 import json
-import os
 import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-import papermill
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from paper_src import InputError
+from paper_src.files import replacing
 from paper_src.models import Loaded
+from paper_src.parameters import check_types, declared
 from paper_src.timing import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
 
 
 class Section:
@@ -116,39 +114,6 @@ class Section:
         """Name of the notebook that writes ``table``: t3_speed is made by 03_..."""
         found = sorted(Path().glob(f"0{table[1]}_*.ipynb"))
         return found[0].stem if found else "01_importance"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it takes the name ``path`` only when all went well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        part.chmod(0o644)
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def declared(notebook: Path) -> dict[str, str]:
-    """Parameters that a notebook declares: name -> type name, from its cell tagged ``parameters``."""
-    found = papermill.inspect_notebook(str(notebook))
-    return {name: entry["inferred_type_name"] for name, entry in found.items()}
-
-
-def check_types(types: Mapping[str, str], values: Mapping[str, object]) -> Iterable[str]:
-    """The declared names, once each value in ``values`` has the declared type."""
-    for name, kind in types.items():
-        if name not in values:
-            continue
-        value, wanted = values[name], TYPES.get(kind.split("[")[0])
-        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
-            raise InputError(f"parameter {name} = {value!r}: its type is {kind}")
-    return types
 
 
 def git_state() -> dict[str, object]:

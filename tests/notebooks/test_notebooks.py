@@ -13,7 +13,7 @@ import pytest
 from harness import BASELINE, NOTEBOOKS, ROOT, prepared
 from pytest_notebook.nb_regression import NBRegressionFixture
 
-from paper_src import execute
+from paper_src.parameters import parameters_for
 
 UPDATE = bool(os.environ.get("UPDATE_BASELINE"))
 # Seconds and bytes differ from machine to machine; which table has them is in the baseline's columns all the same.
@@ -105,5 +105,5 @@ class TestSource:
         book = nbformat.read(path, as_version=4)
         cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
         defaults = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
-        laptop = execute.parameters_for(path, ROOT / "profiles" / "laptop.yaml", {"results": "../results/laptop"})
+        laptop = parameters_for(path, ROOT / "profiles" / "laptop.yaml", {"results": "../results/laptop"})
         assert laptop == defaults

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 import yaml
 
-from paper_src import InputError, execute
+from paper_src import InputError, execute, parameters
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def profile(**settings):
 def test_own_parameters_beat_common_ones_and_overrides_beat_both(project):
     path = profile(common={"count": 2}, **{"01_demo": {"count": 3}})
     notebook = Path("notebooks/01_demo.ipynb")
-    assert execute.parameters_for(notebook, path, {}) == {"count": 3}
-    assert execute.parameters_for(notebook, path, {"count": 4, "model": "x"}) == {"count": 4}
+    assert parameters.parameters_for(notebook, path, {}) == {"count": 3}
+    assert parameters.parameters_for(notebook, path, {"count": 4, "model": "x"}) == {"count": 4}
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_own_parameters_beat_common_ones_and_overrides_beat_both(project):
 )
 def test_wrong_profile_is_refused_before_anything_runs(project, settings, message):
     with pytest.raises(InputError, match=message):
-        execute.check_profile(profile(**settings))
+        parameters.check_profile(profile(**settings))
 
 
 def test_unknown_profile_lists_the_known(project):
     profile()
     with pytest.raises(InputError, match=r"no profile 'q': there are \['p'\]"):
-        execute.read_profile(Path("profiles/q.yaml"))
+        parameters.read_profile(Path("profiles/q.yaml"))
 
 
 def test_executed_notebook_appears_only_on_success(project):

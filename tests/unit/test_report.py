@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_src import InputError, report
+from paper_src import InputError, files, report
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_provenance_names_versions_and_parameters(section):
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), report.replacing(path) as part:
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as part:
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old"
@@ -82,7 +82,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
 
 def test_full_disk_is_one_line(tmp_path):
     expected = pytest.raises(InputError, match=r"cannot write .*t.csv .No space left on device.: free space")
-    with expected, report.replacing(tmp_path / "t.csv"), open("/dev/full", "w") as full:
+    with expected, files.replacing(tmp_path / "t.csv"), open("/dev/full", "w") as full:
         full.write("x" * 100_000)
         full.flush()
     assert os.listdir(tmp_path) == []
