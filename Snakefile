@@ -99,7 +99,7 @@ rule fidelity:
 
 rule summary:
     input:
-        sources("09_summary", "claims", "reported"),
+        sources("09_summary", "claims", "tables", "reported"),
         "paper_src/summary.md.j2",
         tables("t1_importance", "t1_top10", "t1_agreement", "t2_selection", "t3_size", "t3_speed"),
         tables("t4_fidelity", "t4_random"),

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from paper_src import reported
 from paper_src.report import kept_tuple
+from paper_src.tables import prefill_rows
 
 Read = Callable[[str], pd.DataFrame]
 GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
@@ -99,7 +100,7 @@ def facts(read: Read) -> dict[str, object]:
 def main_rows(read: Read) -> list[dict[str, object]]:
     """Rows of the summary's main table: at every k, the recommended kind, Fisher, block influence, random."""
     fidelity = read("t4_fidelity")
-    speed = _prefill(read)
+    speed = prefill_rows(read("t3_speed"))
     wanted = [("distributed", "combined"), ("top_k", "combined"), ("top_k", "fisher"), ("top_k", "block_influence"),
               ("drop_block", None), ("random", None)]  # fmt: skip
     rows = []
@@ -116,14 +117,6 @@ def _halves(read: Read) -> dict[str, float]:
     agreement = read("t1_agreement")
     same = agreement[agreement["score_a"] == agreement["score_b"]]
     return dict(zip(same["score_a"], same["kendall_tau"], strict=True))
-
-
-def _prefill(read: Read) -> pd.DataFrame:
-    """Rows of t3_speed of the largest hidden-state prefill, by k."""
-    speed = read("t3_speed")
-    rows = speed[speed["task"] == "prefill_hidden"]
-    tokens = rows["batch"] * rows["length"]
-    return rows[tokens == tokens.max()].set_index("k")
 
 
 def _pattern(read: Read) -> dict[str, float]:
@@ -147,7 +140,7 @@ def _recommended(read: Read) -> dict[str, float]:
 
 
 def _speed(read: Read) -> dict[str, float]:
-    rows = _prefill(read)
+    rows = prefill_rows(read("t3_speed"))
     return {"k": rows.index.min(), **rows.loc[rows.index.min()].to_dict()}
 
 

@@ -146,11 +146,16 @@ def speed(
     return pd.DataFrame([row for part in rows for row in part])
 
 
-def prefill_speed(speed: pd.DataFrame) -> pd.Series:
-    """k -> measured speedup of the largest hidden-state prefill, the x axis of the trade-off."""
+def prefill_rows(speed: pd.DataFrame) -> pd.DataFrame:
+    """Rows of t3_speed of the largest hidden-state prefill, by k."""
     rows = speed[speed["task"] == "prefill_hidden"]
     tokens = rows["batch"] * rows["length"]
-    return rows[tokens == tokens.max()].set_index("k")["speedup"]
+    return rows[tokens == tokens.max()].set_index("k")
+
+
+def prefill_speed(speed: pd.DataFrame) -> pd.Series:
+    """k -> measured speedup of the largest hidden-state prefill, the x axis of the trade-off."""
+    return prefill_rows(speed)["speedup"]
 
 
 def measure(
