@@ -1,7 +1,7 @@
 """How near a compact model's outputs are to the full model's, on held-out tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from paper_src import InputError
 from paper_src.models import last_hidden, logits_of
 
 METRICS = ("cosine", "cosine_centred", "mse", "kl_nats", "top1_agreement", "nll_nats")
+CAPPED = "nll_capped_nats"
+OF_LOGITS = ("kl_nats", "top1_agreement", "nll_nats", CAPPED)
+HEAD_ROWS = 256  # hidden states that go through the head at once
 
 
 @dataclass
@@ -23,18 +26,18 @@ class Reference:
     Attributes:
         blocks: (N, T) token ids.
         hidden: (N, T, d) last hidden states after the final norm.
+        mean_state: (d,) float32, mean last hidden state on calibration text.
         probabilities: (N, T, V) float32 next-token distribution p: 4 * N * T * V bytes, the largest part.
         negative_entropy: (N, T) sum of p log p, nats.
         top1: (N, T) most probable token.
-        mean_state: (d,) float32, mean last hidden state on calibration text.
     """
 
     blocks: Tensor
     hidden: Tensor
-    probabilities: Tensor
-    negative_entropy: Tensor
-    top1: Tensor
     mean_state: Tensor
+    probabilities: Tensor | None = None
+    negative_entropy: Tensor | None = None
+    top1: Tensor | None = None
 
 
 @torch.no_grad()
@@ -45,22 +48,39 @@ def mean_state(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> T
 
 
 @torch.no_grad()
-def reference(model: PreTrainedModel, blocks: Tensor, mean: Tensor, batch_size: int = 8) -> Reference:
-    """The full model's states and logits on ``blocks`` (N, T); ``mean`` is from :func:`mean_state`."""
-    if blocks.shape[1] < 2:
-        raise InputError(f"blocks of {blocks.shape[1]} token: give at least 2, the next token is predicted")
-    hidden = torch.cat([last_hidden(model, batch) for batch in blocks.split(batch_size)])
-    probabilities = torch.cat([logits_of(model, state[None]).float().softmax(-1) for state in hidden])
+def reference(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    mean: Tensor,
+    batch_size: int = 8,
+    metrics: Collection[str] = METRICS,
+    scored: int | None = None,
+) -> Reference:
+    """The full model's states, and logits where ``metrics`` need them, on ``blocks`` (N, T).
+
+    Args:
+        model: the full model.
+        blocks: token ids.
+        mean: from :func:`mean_state`.
+        batch_size: blocks a step.
+        metrics: what is to be compared.
+        scored: only the last ``scored`` tokens of each block; those before them are context.
+    """
+    if min(blocks.shape[1], scored or 2) < 2:
+        raise InputError(f"blocks of {blocks.shape[1]} tokens, {scored} scored: give at least 2 to predict the next")
+    if unknown := sorted(set(metrics) - {*METRICS, CAPPED}):
+        raise InputError(f"metric {unknown[0]!r}: use one of {(*METRICS, CAPPED)}")
+    tail = slice(-(scored or blocks.shape[1]), None)
+    hidden = torch.cat([last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)])
+    full = Reference(blocks[:, tail].to(model.device), hidden, mean.to(model.device))
+    if {"kl_nats", "top1_agreement"}.isdisjoint(metrics):
+        return full
+    full.probabilities = torch.cat([logits_of(model, state[None]).float().softmax(-1) for state in hidden])
     # subnormal numbers weigh nothing in a sum and slow it tenfold
-    probabilities[probabilities < torch.finfo(torch.float32).tiny] = 0
-    return Reference(
-        blocks=blocks.to(model.device),
-        hidden=hidden,
-        probabilities=probabilities,
-        negative_entropy=-torch.stack([torch.special.entr(row).sum(-1) for row in probabilities]),
-        top1=probabilities.argmax(-1),
-        mean_state=mean,
-    )
+    full.probabilities[full.probabilities < torch.finfo(torch.float32).tiny] = 0
+    full.negative_entropy = -torch.stack([torch.special.entr(row).sum(-1) for row in full.probabilities])
+    full.top1 = full.probabilities.argmax(-1)
+    return full
 
 
 @torch.no_grad()
@@ -77,45 +97,76 @@ def compare(model: PreTrainedModel, full: Reference, batch_size: int = 8) -> dic
     - ``nll_nats`` = mean of -log p'(next token), nats/token over T - 1 tokens: its exponential is the
       perplexity.
     """
-    rows = []
-    for start in range(0, len(full.blocks), batch_size):
-        batch = full.blocks[start : start + batch_size]
-        for offset, state in enumerate(last_hidden(model, batch)):
-            rows.append(_compare_block(full, start + offset, state, logits_of(model, state[None])[0]))
-    return {name: np.array([row[name] for row in rows]) for name in METRICS}
+    hidden = [last_hidden(model, batch) for batch in full.blocks.split(batch_size)]
+    return compare_states(model, full, torch.cat(hidden))
+
+
+@torch.no_grad()
+def compare_states(
+    model: PreTrainedModel, full: Reference, hidden: Tensor, metrics: Collection[str] = METRICS
+) -> dict[str, np.ndarray]:
+    """The ``metrics`` of :func:`compare` for last hidden states that are known; ``model`` gives the head.
+
+    One more can be asked for: ``nll_capped_nats``, where a token counts at most log V nats, what a uniform
+    guess among the V tokens of the vocabulary costs.
+
+    Args:
+        model: the full model; a compact one shares its head.
+        full: the reference on N blocks of T tokens.
+        hidden: (N, T, d), or (C N, T, d) for C models, block after block.
+        metrics: names.
+
+    Returns:
+        name -> (N,) or (C N,) float64.
+    """
+    rows = [_compare_states(full, index, state, metrics) for index, state in enumerate(hidden)]
+    if not set(metrics).isdisjoint(OF_LOGITS):
+        for start in range(0, len(hidden), step := max(1, HEAD_ROWS // hidden.shape[1])):
+            logits = logits_of(model, hidden[start : start + step])  # (<=step, T, V)
+            for index, block in enumerate(logits, start=start):
+                rows[index] |= _compare_logits(full, index, block, metrics)
+    return {name: np.array([row[name] for row in rows]) for name in metrics}
 
 
 @torch.no_grad()
 def compare_constant(model: PreTrainedModel, full: Reference) -> dict[str, np.ndarray]:
     """Fidelity of the trivial predictor: every hidden state is ``mean_state``, whatever the text."""
-    state = full.mean_state.to(full.hidden.dtype).expand_as(full.hidden[0])  # (T, d)
-    logits = logits_of(model, state[None])[0]
-    rows = [_compare_block(full, index, state, logits) for index in range(len(full.blocks))]
-    return {name: np.array([row[name] for row in rows]) for name in METRICS}
+    return compare_states(model, full, full.mean_state.to(full.hidden.dtype).expand_as(full.hidden))
 
 
-def _compare_block(full: Reference, index: int, state: Tensor, logits: Tensor) -> dict[str, float]:
-    """All metrics of one block, from states (T, d) and logits (T, V)."""
+def _compare_states(full: Reference, index: int, state: Tensor, metrics: Collection[str]) -> dict[str, float]:
+    """Metrics of one block's states (T, d)."""
+    index %= len(full.blocks)
     h, other, mean = full.hidden[index].float(), state.float(), full.mean_state.to(state.dtype).float()
+    row = {}
+    if "cosine" in metrics:
+        row["cosine"] = _mean(functional.cosine_similarity(h, other, dim=-1))
+    if "cosine_centred" in metrics:
+        row["cosine_centred"] = _mean(functional.cosine_similarity(h - mean, other - mean, dim=-1))
+    if "mse" in metrics:
+        row["mse"] = _mean((h - other).square())
+    return row
+
+
+def _compare_logits(full: Reference, index: int, logits: Tensor, metrics: Collection[str]) -> dict[str, float]:
+    """Metrics of one block's logits (T, V)."""
+    index %= len(full.blocks)
     labels = full.blocks[index, 1:]
     kl, agree, nll = [], [], []
-    for low in range(0, len(h), 64):  # a few rows at a time stay in the processor's cache
+    for low in range(0, len(logits), 64):  # a few rows at a time stay in the processor's cache
         part = slice(low, low + 64)
         log_q = functional.log_softmax(logits[part].float(), dim=-1)  # (<=64, V)
-        cross = torch.einsum("tv,tv->t", full.probabilities[index, part], log_q)  # sum of p log p'
-        kl.append((full.negative_entropy[index, part] - cross).clamp(min=0))  # rounding
-        agree.append(log_q.argmax(-1) == full.top1[index, part])
+        if "kl_nats" in metrics:
+            cross = torch.einsum("tv,tv->t", full.probabilities[index, part], log_q)  # sum of p log p'
+            kl.append((full.negative_entropy[index, part] - cross).clamp(min=0))  # rounding
+        if "top1_agreement" in metrics:
+            agree.append(log_q.argmax(-1) == full.top1[index, part])
         next_tokens = labels[part]
         known = len(next_tokens)  # the last token of a block has no next one
         nll.append(-log_q[:known].gather(1, next_tokens[:, None])[:, 0])
-    return {
-        "cosine": _mean(functional.cosine_similarity(h, other, dim=-1)),
-        "cosine_centred": _mean(functional.cosine_similarity(h - mean, other - mean, dim=-1)),
-        "mse": _mean((h - other).square()),
-        "kl_nats": _mean(torch.cat(kl)),
-        "top1_agreement": _mean(torch.cat(agree)),
-        "nll_nats": _mean(torch.cat(nll)),
-    }
+    capped = [part.clamp(max=math.log(logits.shape[-1])) for part in nll]
+    row = {"kl_nats": kl, "top1_agreement": agree, "nll_nats": nll, CAPPED: capped}
+    return {name: _mean(torch.cat(parts)) for name, parts in row.items() if parts}
 
 
 def _mean(values: Tensor) -> float:

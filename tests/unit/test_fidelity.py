@@ -127,7 +127,7 @@ def test_reference_holds_the_distribution_of_the_full_model(llama, blocks, full)
 
 
 def test_one_token_predicts_nothing_and_is_refused(llama, make_blocks, refused):
-    with refused("blocks of 1 token: give at least 2"):
+    with refused("blocks of 1 tokens, None scored: give at least 2"):
         reference(llama, make_blocks(2, 1), torch.zeros(32))
 
 
@@ -153,7 +153,8 @@ def test_cosines_by_hand(llama):
     hidden = torch.zeros(1, 2, 32)
     hidden[0, 0, :2], hidden[0, 1, 0] = torch.tensor([3.0, 4.0]), 1.0
     zeros = torch.zeros(1, 2)
-    full = Reference(zeros.long(), hidden, torch.full((1, 2, 96), 1 / 96), zeros, zeros.long(), hidden[0, 1])
+    uniform = torch.full((1, 2, 96), 1 / 96)
+    full = Reference(zeros.long(), hidden, hidden[0, 1], uniform, zeros, zeros.long())
     result = compare_constant(llama, full)
     assert result["cosine"] == pytest.approx([(3 / 5 + 1) / 2])
     assert result["mse"] == pytest.approx([(4 + 16) / 64])
