@@ -1,0 +1,253 @@
+"""What the model is worth with any subset of its layers, and what each layer is worth by that.
+
+``Evaluator`` is a function: kept layers -> metric on a fixed batch of text. Subsets that begin with the
+same kept layers share the work up to there, and evaluations can be kept on disk. Leave-one-out and
+Shapley values stand on it, and so do the searches of :mod:`paper_src.selection`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from captum.attr import ShapleyValueSampling
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paper_src import InputError, fidelity
+from paper_src.models import SubsetRunner
+from paper_src.store import Evaluation, KeptLayers, Store, View
+
+HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")
+
+
+@dataclass
+class Cost:
+    """What was asked of evaluators, each subset counted once, whether it was computed now or before.
+
+    Attributes:
+        evaluations: different subsets.
+        forward_tokens: tokens that the full model's layers could have processed instead.
+        seconds: time that computing them took, now or when they were kept on disk.
+    """
+
+    evaluations: int = 0
+    forward_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "Cost") -> None:
+        """Add another cost to this one."""
+        self.evaluations += other.evaluations
+        self.forward_tokens += other.forward_tokens
+        self.seconds += other.seconds
+
+
+class Evaluator:
+    """``evaluator(kept)`` is a metric of the model with only the layers ``kept``, on a fixed batch of text.
+
+    Equal to the metric of the compacted model. Subsets that are asked for together share the work of their
+    common first layers (:class:`paper_src.models.SubsetRunner`), and each is evaluated once.
+
+    Args:
+        model: the full model; it is not changed.
+        blocks: (N, T) token ids; they go through a layer as one batch.
+        metrics: names of :func:`fidelity.compare_states`; the first is the one that searches ask for.
+        mean: (d,) mean state, for ``cosine_centred``: see :func:`fidelity.mean_state`.
+        scored: only the last ``scored`` tokens of each block enter the metrics; those before are context.
+        memory_bytes: bound on the held states.
+        store: keeps the evaluations on disk.
+
+    Raises:
+        InputError: unknown metric, or a metric that is NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Tensor,
+        metrics: Sequence[str] = ("nll_nats",),
+        mean: Tensor | None = None,
+        scored: int | None = None,
+        memory_bytes: int = 2**28,
+        store: Store | None = None,
+    ):
+        if "cosine_centred" in metrics and mean is None:
+            raise InputError("metric 'cosine_centred' needs the mean state: see fidelity.mean_state")
+        mean = torch.zeros(model.config.get_text_config().hidden_size) if mean is None else mean
+        self.metrics = tuple(metrics)
+        self._runner = SubsetRunner(model, blocks, memory_bytes)
+        self.depth = self._runner.depth
+        self.tokens = blocks.numel()
+        self._model = model
+        self._full = fidelity.reference(model, blocks, mean, len(blocks), metrics, scored)
+        self._known: View | dict[KeptLayers, Evaluation] = store.view([blocks, mean], metrics, scored) if store else {}
+        self._logs: list[set[KeptLayers]] = []
+
+    def __call__(self, kept: Sequence[int]) -> float:
+        """First metric of the kept layers (increasing indices; none is allowed): mean over the batch."""
+        return float(self.evaluate([kept])[0, 0])
+
+    def losses(self, subsets: Iterable[Sequence[int]]) -> list[float]:
+        """First metric of every subset, its sign turned where higher is better: the lower, the better."""
+        sign = -1 if self.metrics[0] in HIGHER_IS_BETTER else 1
+        return (sign * self.evaluate(subsets)[:, 0]).tolist()
+
+    def evaluate(self, subsets: Iterable[Sequence[int]], progress: Callable = iter) -> np.ndarray:
+        """(n, M) all M metrics of n subsets."""
+        subsets = [self._runner.checked(kept) for kept in subsets]
+        for log in self._logs:
+            log.update(subsets)
+        for batch in progress(list(self._runner.batches(kept for kept in subsets if kept not in self._known))):
+            self._evaluate(batch)
+        return np.array([self._known[kept].values for kept in subsets]).reshape(len(subsets), len(self.metrics))
+
+    @contextmanager
+    def cost(self) -> Iterator[Cost]:
+        """What is asked of this evaluator inside the ``with``; the numbers are there when it ends."""
+        cost, asked = Cost(), set()
+        self._logs.append(asked)
+        try:
+            yield cost
+        finally:
+            self._logs = [log for log in self._logs if log is not asked]
+            known = [self._known[kept] for kept in asked if kept in self._known]
+            runs = sum(evaluation.layer_runs for evaluation in known)
+            seconds = sum(evaluation.seconds for evaluation in known)
+            cost.add(Cost(len(known), round(runs * self.tokens / self.depth), seconds))
+
+    def _evaluate(self, subsets: Sequence[KeptLayers]) -> None:
+        """Evaluate subsets that are in lexicographic order."""
+        start = time.perf_counter()
+        scored = self._full.blocks.shape[1]
+        hidden = self._runner.last_hidden(subsets)[:, :, -scored:]  # (S, N, T, d)
+        measured = fidelity.compare_states(self._model, self._full, hidden.flatten(0, 1), self.metrics)
+        means = np.stack([measured[name].reshape(len(subsets), -1).mean(axis=1) for name in self.metrics], axis=1)
+        seconds = (time.perf_counter() - start) / len(subsets)
+        for before, kept, values in zip([(), *subsets[:-1]], subsets, means.tolist(), strict=True):
+            for name, value in zip(self.metrics, values, strict=True):
+                if not math.isfinite(value):
+                    raise InputError(f"{name} of kept layers {kept} is {value}: check the weights of these layers")
+            shared = next(
+                (n for n, pair in enumerate(zip(before, kept, strict=False)) if len({*pair}) > 1), len(before)
+            )
+            self._known[kept] = Evaluation(tuple(values), len(kept) - shared, seconds)
+
+
+def on_each(
+    model: PreTrainedModel, batches: Iterable[Tensor], cost: Cost | None = None, **settings
+) -> Iterator[Evaluator]:
+    """An :class:`Evaluator` for each batch of token ids (N, T), one at a time; what they cost is added to ``cost``."""
+    for blocks in batches:
+        evaluator = Evaluator(model, blocks, **settings)
+        with evaluator.cost() as spent:
+            yield evaluator
+        if cost is not None:
+            cost.add(spent)
+
+
+def leave_one_out(evaluators: Iterable[Evaluator]) -> np.ndarray:
+    """(G, L) first metric of the model without each layer minus that of the full model, for G evaluators."""
+    rows = []
+    for evaluator in evaluators:
+        layers = range(evaluator.depth)
+        without = [tuple(other for other in layers if other != layer) for layer in layers]
+        values = evaluator.evaluate([layers, *without])[:, 0]
+        rows.append(values[1:] - values[0])
+    return np.stack(rows)
+
+
+def _shared(a: KeptLayers, b: KeptLayers) -> int:
+    """Length of the common prefix of two tuples."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass
+class ShapleyValues:
+    """Shapley values of L layers for M metrics, from G groups of permutations.
+
+    Attributes:
+        groups: (G, L, M) one unbiased estimate a group.
+        gap: (M,) largest difference, over groups, between the sum of the values and v(all) - v(none).
+        coalitions: (n, 1 + M) number of layers and metrics of every subset that was evaluated.
+    """
+
+    groups: np.ndarray
+    gap: np.ndarray
+    coalitions: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(L, M) Shapley values."""
+        return self.groups.mean(axis=0)
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """(L, M) standard error over groups."""
+        return self.groups.std(axis=0, ddof=1) / math.sqrt(len(self.groups))
+
+    def relative_error(self) -> float:
+        """Largest standard error over the layers as a share of the largest value, first metric."""
+        return float(self.standard_error[:, 0].max() / np.abs(self.mean[:, 0]).max())
+
+
+def shapley(
+    evaluators: Iterable[Evaluator], target: float = 0.05, shifts: int = 3, seed: int = 0, least: int = 4
+) -> ShapleyValues:
+    """Shapley values of the layers in the game v(S) = -metric(S), by sampled permutations.
+
+    Each evaluator gives one group: a random permutation, ``shifts`` cyclic shifts of it that spread every
+    layer evenly over the positions, and the reverse of each (antithetic pairs). Captum's
+    ``ShapleyValueSampling`` walks them (Castro et al. 2009). A group's values sum to v(all) - v(none).
+    Evaluators with different texts put the spread over texts into the standard error.
+
+    Args:
+        evaluators: one a group, all of one depth and one list of metrics.
+        target: stop once the largest standard error is below this share of the largest value.
+        shifts: cyclic shifts a group.
+        seed: of the permutations.
+        least: groups before the stopping rule is asked.
+
+    Raises:
+        InputError: fewer than two evaluators, or values that do not sum to v(all) - v(none).
+    """
+    generator = Random(seed)
+    groups, gaps, coalitions = [], [], []
+    for evaluator in evaluators:
+        values, gap, walked = _shapley_group(evaluator, shifts, generator)
+        groups.append(values)
+        gaps.append(gap)
+        coalitions.append(walked)
+        result = ShapleyValues(np.stack(groups), np.max(gaps, axis=0), np.concatenate(coalitions))
+        if len(groups) >= max(least, 2) and result.relative_error() < target:
+            break
+    if len(groups) < 2:
+        raise InputError("Shapley values from fewer than 2 groups have no standard error: give more evaluators")
+    return result
+
+
+def _shapley_group(evaluator: Evaluator, shifts: int, generator: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(L, M) values of one group, (M,) by how much they miss their sum, (n, 1 + M) sizes and metrics walked over."""
+    depth = evaluator.depth
+    order = generator.sample(range(depth), depth)
+    shifted = [order[start:] + order[:start] for start in (round(i * depth / shifts) for i in range(shifts))]
+    permutations = [walk for one in shifted for walk in (one, one[::-1])]
+    walked = sorted({tuple(sorted(walk[:n])) for walk in permutations for n in range(depth + 1)})
+    metrics = evaluator.evaluate(walked)  # all at once shares most work; Captum then finds them known
+
+    def value(masks: Tensor) -> Tensor:  # (n, L) 0 or 1 -> (n, M)
+        return torch.from_numpy(-evaluator.evaluate([mask.nonzero()[:, 0].tolist() for mask in masks]))
+
+    sampling = ShapleyValueSampling(value)
+    sampling.permutation_generator = lambda features, samples: iter(permutations)
+    everything = torch.ones(1, depth, dtype=torch.float64)
+    found = sampling.attribute(everything, n_samples=len(permutations), perturbations_per_eval=depth)  # (1, M, L)
+    values = found[0].numpy().T
+    whole = value(torch.stack([everything[0], 0 * everything[0]])).numpy()
+    gap = np.abs(values.sum(axis=0) - (whole[0] - whole[1]))
+    if (gap > 1e-4 * np.abs(metrics).max(axis=0)).any():
+        raise InputError(f"Shapley values miss v(all) - v(none) by {gap.max():.2g}: the sampling is broken")
+    return values, gap, np.column_stack([[len(kept) for kept in walked], metrics])

@@ -1,0 +1,109 @@
+"""Evaluations of layer subsets kept on disk, so that a search that was interrupted goes on where it was."""
+
+import hashlib
+import json
+import sqlite3
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paper_src import InputError
+
+KeptLayers = tuple[int, ...]
+CODE = ("models.py", "fidelity.py", "coalitions.py")  # a change in them makes evaluations a matter of the past
+
+
+class Evaluation(NamedTuple):
+    """Metrics of one subset, the layers that were run to compute them, and the seconds it took."""
+
+    values: tuple[float, ...]
+    layer_runs: int
+    seconds: float
+
+
+class Store:
+    """An SQLite file of evaluations of one model's subsets; each is on disk once it is set.
+
+    A file that is damaged, truncated or no database is started anew, with a warning. Evaluations of other
+    weights, texts, metrics or code may stand in the same file; they are not read.
+
+    Args:
+        path: the file; its folder is made if it is not there.
+        model: its weights are part of what an evaluation is known by.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, model: PreTrainedModel):
+        self.path = Path(path)
+        code = [Path(__file__).with_name(name).read_bytes() for name in CODE]
+        versions = [version(package) for package in ("torch", "transformers")]
+        self._model = _digest(model.state_dict().values(), *code, *versions, model.device.type)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._open()
+        except OSError as error:
+            raise InputError(f"cannot write {self.path} ({error.strerror}): choose another folder") from error
+        except sqlite3.DatabaseError as error:
+            warnings.warn(f"{self.path} is damaged ({error}): its evaluations are computed anew", stacklevel=2)
+            self.path.unlink()
+            self._file = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        file = sqlite3.connect(self.path, isolation_level=None)  # each statement is a transaction
+        file.execute("PRAGMA synchronous = OFF")  # what is written outlives the process; a power cut may damage it
+        problem = file.execute("PRAGMA integrity_check").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem.splitlines()[0])
+        file.execute(
+            "CREATE TABLE IF NOT EXISTS evaluation"
+            " (known_by TEXT, kept TEXT, metrics TEXT, layer_runs INT, seconds REAL, PRIMARY KEY (known_by, kept))"
+        )
+        return file
+
+    def view(self, tensors: Iterable[Tensor], *words: object) -> "View":
+        """The evaluations known by this model, by ``tensors`` (text) and by ``words`` (metrics)."""
+        return View(self._file, _digest(tensors, self._model, *words))
+
+
+class View:
+    """A dictionary kept layers -> :class:`Evaluation` of one model, text and list of metrics."""
+
+    def __init__(self, file: sqlite3.Connection, known_by: str):
+        self._file, self._known_by = file, known_by
+        rows = file.execute("SELECT kept, metrics, layer_runs, seconds FROM evaluation WHERE known_by = ?", [known_by])
+        self._known = {
+            tuple(map(int, kept.split())): Evaluation(tuple(json.loads(values)), *cost) for kept, values, *cost in rows
+        }
+
+    def __contains__(self, kept: KeptLayers) -> bool:
+        return kept in self._known
+
+    def __getitem__(self, kept: KeptLayers) -> Evaluation:
+        return self._known[kept]
+
+    def __setitem__(self, kept: KeptLayers, evaluation: Evaluation) -> None:
+        values, *cost = evaluation
+        row = [self._known_by, " ".join(map(str, kept)), json.dumps(values), *cost]
+        self._file.execute("INSERT OR REPLACE INTO evaluation VALUES (?, ?, ?, ?, ?)", row)
+        self._known[kept] = evaluation
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def _digest(tensors: Iterable[Tensor], *words: object) -> str:
+    """SHA-256 of tensors (types, shapes, values) and words."""
+    digest = hashlib.sha256(repr(words).encode())
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

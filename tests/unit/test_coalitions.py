@@ -1,0 +1,261 @@
+"""Subsets of layers: equality with the compacted model, leave-one-out, Shapley values by brute force."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAUSAL, build_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paper_src import coalitions, fidelity, models
+from paper_src.coalitions import Evaluator, leave_one_out, shapley
+from paper_src.compaction import compact
+from paper_src.models import SubsetRunner
+from paper_src.store import Store
+
+METRICS = ("nll_nats", "kl_nats", "cosine", "cosine_centred", "nll_capped_nats", "mse", "top1_agreement")
+
+
+def subsets(depth, least=0):
+    """All subsets of ``depth`` layers with at least ``least`` members."""
+    return [kept for n in range(least, depth + 1) for kept in itertools.combinations(range(depth), n)]
+
+
+class Game:
+    """Stands for an evaluator: any function of a subset, and a count of what was asked."""
+
+    def __init__(self, depth, function, metrics=("nll_nats",)):
+        self.depth, self.function, self.metrics = depth, function, metrics
+
+    def evaluate(self, asked):
+        return np.array([[self.function(frozenset(kept))] for kept in asked], dtype=float)
+
+    def losses(self, asked):
+        return self.evaluate(asked)[:, 0].tolist()
+
+
+def exact_shapley(depth, value):
+    """Shapley values by the formula, from all 2^L values."""
+    values = np.zeros(depth)
+    for layer in range(depth):
+        others = [other for other in range(depth) if other != layer]
+        for kept in (kept for n in range(depth) for kept in itertools.combinations(others, n)):
+            weight = math.factorial(len(kept)) * math.factorial(depth - 1 - len(kept)) / math.factorial(depth)
+            values[layer] += weight * (value(tuple(sorted((*kept, layer)))) - value(kept))
+    return values
+
+
+class TestEvaluator:
+    @pytest.mark.parametrize("family", CAUSAL)
+    def test_equals_the_compacted_model_for_every_subset(self, family, make_blocks):
+        model, blocks = build_model(family), make_blocks(3, 12)
+        mean = torch.linspace(-1, 1, 32)
+        full = fidelity.reference(model, blocks, mean)
+        asked = subsets(4, least=1)
+        found = Evaluator(model, blocks, METRICS, mean).evaluate(asked)
+        for kept, row in zip(asked, found, strict=True):
+            expected = fidelity.compare(compact(model, kept), full) | {"nll_capped_nats": None}
+            for name, value in zip(METRICS, row, strict=True):
+                if expected[name] is not None:
+                    assert value == pytest.approx(expected[name].mean(), rel=1e-4, abs=1e-6), (kept, name)
+
+    @pytest.mark.parametrize("family", ["bloom", "mpt"])
+    def test_layers_whose_masks_have_an_entry_for_each_sequence(self, family, make_blocks):
+        shape = {"hidden_size": 32, "n_layer": 3, "n_head": 4} | {"d_model": 32, "n_layers": 3, "n_heads": 4}
+        config = AutoConfig.for_model(family, vocab_size=96, max_seq_len=64, **shape)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        blocks, asked = make_blocks(2, 8), sorted(subsets(3, least=1))
+        for kept, hidden in zip(asked, SubsetRunner(model, blocks).last_hidden(asked), strict=True):
+            torch.testing.assert_close(hidden, models.last_hidden(compact(model, kept), blocks), rtol=1e-4, atol=1e-5)
+
+    def test_reuse_equals_no_reuse(self, llama, make_blocks):
+        blocks = make_blocks(2, 10)
+        together = Evaluator(llama, blocks).evaluate(subsets(4))
+        alone = Evaluator(llama, blocks, memory_bytes=1)
+        apart = np.array([alone.evaluate([kept])[0] for kept in subsets(4)])
+        np.testing.assert_allclose(together, apart, rtol=1e-6)
+
+    def test_as_many_subsets_at_a_time_as_the_memory_bound_allows(self, llama, make_blocks):
+        blocks = make_blocks(2, 10)
+        state_bytes = 2 * 10 * 32 * 4
+        runner = SubsetRunner(llama, blocks, memory_bytes=3 * state_bytes)
+        sizes = [len(batch) for batch in runner.batches(subsets(4))]
+        assert sizes == [3, 3, 3, 3, 3, 1]
+
+    def test_no_layers_leaves_embedding_and_final_norm(self, llama, make_blocks):
+        blocks = make_blocks(2, 10)
+        embedded = llama.model.norm(llama.model.embed_tokens(blocks))
+        logits = llama.lm_head(embedded)[:, :-1].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, blocks[:, 1:].flatten()).item()
+        assert Evaluator(llama, blocks)(()) == pytest.approx(expected, rel=1e-6)
+
+    def test_the_model_is_not_changed(self, llama, make_blocks):
+        blocks = make_blocks(2, 10)
+        before, layers = models.last_hidden(llama, blocks), list(llama.model.layers)
+        Evaluator(llama, blocks).evaluate(subsets(4))
+        assert list(llama.model.layers) == layers
+        assert torch.equal(models.last_hidden(llama, blocks), before)
+
+    def test_only_the_last_tokens_are_scored(self, llama, make_blocks):
+        blocks = make_blocks(2, 12)
+        logits = llama(blocks).logits[:, -5:-1].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, blocks[:, -4:].flatten()).item()
+        assert Evaluator(llama, blocks, scored=5)(range(4)) == pytest.approx(expected, rel=1e-5)
+
+    def test_a_capped_token_counts_at_most_as_a_uniform_guess(self, llama, make_blocks):
+        blocks = make_blocks(2, 12)
+        with torch.no_grad():
+            llama.lm_head.weight.mul_(0.5)
+            logits = llama(blocks).logits[:, :-1].flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, blocks[:, 1:].flatten(), reduction="none")
+        assert losses.max() > math.log(96) > losses.min()
+        capped, plain = Evaluator(llama, blocks, ["nll_capped_nats", "nll_nats"]).evaluate([range(4)])[0]
+        assert capped == pytest.approx(losses.clamp(max=math.log(96)).mean().item(), rel=1e-5)
+        assert plain == pytest.approx(losses.mean().item(), rel=1e-5)
+
+    def test_losses_are_lower_for_the_better_subset_whatever_the_metric(self, llama, make_blocks):
+        evaluator = Evaluator(llama, make_blocks(2, 12), ["cosine"])
+        everything, some = evaluator.losses([range(4), (0, 3)])
+        assert everything < some
+
+    def test_a_metric_that_is_not_finite_is_reported_with_its_subset(self, llama, make_blocks, refused):
+        evaluator = Evaluator(llama, make_blocks(2, 12))
+        evaluator.evaluate([(0, 1)])
+        with torch.no_grad():
+            llama.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+        evaluator.evaluate([(0, 3)])
+        with refused(r"nll_nats of kept layers \(0, 2\) is nan"):
+            evaluator.evaluate([(0, 2)])
+
+    @pytest.mark.parametrize("kept", [(1, 0), (0, 0), (4,), (-1, 2)])
+    def test_wrong_indices_are_refused(self, llama, make_blocks, refused, kept):
+        with refused("give increasing indices in 0 to 3"):
+            Evaluator(llama, make_blocks(2, 12))(kept)
+
+    def test_wrong_metrics_are_refused(self, llama, make_blocks, refused):
+        with refused("metric 'accuracy': use one of"):
+            Evaluator(llama, make_blocks(2, 12), ["accuracy"])
+        with refused("needs the mean state"):
+            Evaluator(llama, make_blocks(2, 12), ["cosine_centred"])
+
+    def test_cost_counts_each_subset_once_and_shared_prefixes_once(self, llama, make_blocks):
+        evaluator = Evaluator(llama, make_blocks(2, 12))
+        with evaluator.cost() as first:
+            leave_one_out([evaluator])
+        with evaluator.cost() as again:
+            leave_one_out([evaluator])
+            evaluator(range(4))
+        # the full model runs 4 layers; leaving out layer i runs those behind it: 3 + 2 + 1 + 0
+        assert (first.evaluations, first.forward_tokens) == (5, round((4 + 6) * 24 / 4))
+        assert again == first
+
+
+class TestStore:
+    def ask(self, model, blocks, path, metrics=("nll_nats",)):
+        """Values of three subsets, and how many of them had to be computed."""
+        evaluator = Evaluator(model, blocks, metrics, store=Store(path, model))
+        before = len(evaluator._known)
+        return evaluator.evaluate([(0, 1), (0, 2), ()]), 3 - before
+
+    def test_an_interrupted_search_goes_on(self, llama, make_blocks, tmp_path, monkeypatch):
+        blocks, path = make_blocks(2, 12), tmp_path / "folder" / "store.sqlite"
+        expected, computed = self.ask(llama, blocks, path)
+        assert computed == 3
+        monkeypatch.setattr(SubsetRunner, "last_hidden", None)  # nothing is computed again
+        found, computed = self.ask(llama, blocks, path)
+        assert computed == 0
+        np.testing.assert_array_equal(found, expected)
+
+    def test_other_weights_texts_and_metrics_are_not_mixed_in(self, llama, make_blocks, tmp_path):
+        path = tmp_path / "store.sqlite"
+        self.ask(llama, make_blocks(2, 12), path)
+        assert self.ask(llama, make_blocks(2, 12, seed=1), path)[1] == 3
+        assert self.ask(llama, make_blocks(2, 12), path, ["cosine"])[1] == 3
+        with torch.no_grad():
+            llama.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+        assert self.ask(llama, make_blocks(2, 12), path)[1] == 3
+
+    @pytest.mark.parametrize("harm", ["truncated", "no database", "emptied"])
+    def test_a_damaged_file_is_computed_anew(self, llama, make_blocks, tmp_path, harm):
+        path = tmp_path / "store.sqlite"
+        expected, _ = self.ask(llama, make_blocks(2, 12), path)
+        content = path.read_bytes()
+        path.write_bytes({"truncated": content[:5000], "no database": b"x" * 9000, "emptied": b""}[harm])
+        if harm == "emptied":  # an empty file is an empty database
+            found, computed = self.ask(llama, make_blocks(2, 12), path)
+        else:
+            with pytest.warns(UserWarning, match=r"store.sqlite is damaged .*: its evaluations are computed anew"):
+                found, computed = self.ask(llama, make_blocks(2, 12), path)
+        assert computed == 3
+        np.testing.assert_array_equal(found, expected)
+
+    def test_a_folder_that_cannot_be_made_is_refused(self, llama, tmp_path, refused):
+        (tmp_path / "file").write_text("")
+        with refused("cannot write .*choose another folder"):
+            Store(tmp_path / "file" / "store.sqlite", llama)
+
+
+class TestLeaveOneOut:
+    def test_is_the_loss_without_the_layer_minus_the_loss(self, llama, make_blocks):
+        evaluator = Evaluator(llama, make_blocks(3, 12))
+        expected = [evaluator([o for o in range(4) if o != layer]) - evaluator(range(4)) for layer in range(4)]
+        np.testing.assert_allclose(leave_one_out([evaluator, evaluator]), [expected, expected], rtol=1e-9)
+
+    def test_one_row_an_evaluator_and_their_cost(self, llama, make_blocks):
+        cost = coalitions.Cost()
+        rows = leave_one_out(coalitions.on_each(llama, make_blocks(4, 12).split(2), cost))
+        assert rows.shape == (2, 4)
+        assert not np.allclose(rows[0], rows[1])
+        assert cost.evaluations == 10
+
+
+class TestShapley:
+    def test_sampled_values_equal_the_exact_ones_within_their_errors(self, make_blocks):
+        model = build_model("llama", num_hidden_layers=5, seed=3)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(5)
+        evaluator = Evaluator(model, make_blocks(3, 12))
+        exact = exact_shapley(5, lambda kept: -evaluator(kept))
+        found = shapley(itertools.repeat(evaluator, 200), target=0.05, seed=1)
+        error = found.standard_error[:, 0]
+        assert found.relative_error() < 0.05
+        assert (error > 0).all()
+        assert (np.abs(found.mean[:, 0] - exact) < 4 * error).all()
+        assert found.mean.sum() == pytest.approx(evaluator(()) - evaluator(range(5)), rel=1e-4)
+        assert len(found.coalitions) > 0
+
+    def test_in_an_additive_game_one_group_is_exact(self):
+        worth = np.array([3.0, -1.0, 0.5, 0.0])
+        found = shapley([Game(4, lambda kept: -sum(worth[list(kept)]))] * 2)
+        np.testing.assert_allclose(found.groups[:, :, 0], [worth, worth], atol=1e-6)
+
+    def test_in_the_glove_game(self):
+        # worth 1 with glove 0 and one of gloves 1, 2: values 2/3, 1/6, 1/6
+        game = Game(3, lambda kept: -float(0 in kept and len(kept) > 1))
+        found = shapley([game] * 400, target=0, seed=5)
+        np.testing.assert_allclose(found.mean[:, 0], [2 / 3, 1 / 6, 1 / 6], atol=0.03)
+        assert len(found.groups) == 400
+
+    def test_the_seed_decides(self):
+        game = Game(5, lambda kept: float(len(kept) > 2 and 0 in kept))
+        one, same, other = (shapley([game] * 6, target=0, seed=seed).groups for seed in (0, 0, 1))
+        np.testing.assert_array_equal(one, same)
+        assert not np.array_equal(one, other)
+
+    def test_the_standard_error_is_that_of_the_groups(self):
+        game = Game(5, lambda kept: float(len(kept) > 2 and 0 in kept))
+        found = shapley([game] * 6, target=0)
+        by_hand = np.std(found.groups[:, 2, 0], ddof=1) / math.sqrt(6)
+        assert found.standard_error[2, 0] == pytest.approx(by_hand)
+
+    def test_one_group_has_no_error(self, refused):
+        with refused("fewer than 2 groups"):
+            shapley([Game(3, len)])
+
+    def test_values_that_do_not_add_up_are_refused(self, refused):
+        counter = itertools.count()
+        with refused("the sampling is broken"):
+            shapley([Game(3, lambda kept: next(counter))] * 2)
