@@ -8,8 +8,9 @@ is G'X, and its squared norm is taken from the smaller of G'X itself and the two
 """
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,6 +41,10 @@ class LayerScores:
     per_sequence: dict[str, Tensor]
     angular: Tensor
     parameters: Tensor
+
+    def add(self, name: str, rows: Sequence[Sequence[float]]) -> None:
+        """Add a score that was measured elsewhere, (N, L): one row a sequence, or a group of them."""
+        self.per_sequence[name] = torch.stack([torch.as_tensor(row, dtype=torch.float64) for row in rows])
 
     def mean(self, name: str) -> Tensor:
         """(L,) score: mean over sequences."""
@@ -110,6 +115,41 @@ def score_layers(
     per_sequence["fisher_per_parameter"] = per_sequence["fisher"] / parameters
     _require_finite(per_sequence)
     return LayerScores(per_sequence, _angular(torch.cat(states)), parameters)
+
+
+def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """(L,) float64 sum over a layer's weights of |W dL/dW|, the Taylor score of Shortened LLaMA.
+
+    L is the mean NLL of all ``blocks`` (N, T) together, so that gradients of different texts may cancel
+    before the absolute value (Kim et al. 2024, arXiv:2402.02834, eq. 1, there with 10 x 128 tokens; the
+    ``taylor`` of :func:`score_layers` takes the whole layer as one group, and each sequence for itself).
+    Each weight's gradient is let go as soon as it is summed.
+    """
+    layers = decoder_layers(model)
+    total = torch.zeros(len(layers), dtype=torch.float64)
+    handles, before = [], [(parameter, parameter.grad) for parameter in layers.parameters()]
+
+    def reduce(index: int, parameter: Tensor) -> None:
+        total[index] += (parameter.detach().float() * parameter.grad.float()).abs().sum(dtype=torch.float64).cpu()
+        parameter.grad = None
+
+    with _frozen(model), torch.enable_grad():
+        for index, layer in enumerate(layers):
+            for parameter in layer.parameters():
+                parameter.requires_grad_(True)  # _frozen puts it back
+                parameter.grad = None
+                hook = functools.partial(reduce, index)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        try:
+            hidden = last_hidden(model, blocks)
+            hidden.backward(_loss_gradient(model, hidden.detach(), blocks.to(model.device), None) / len(blocks))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, gradient in before:
+                parameter.grad = gradient
+    _require_finite({"weight_taylor": total[None]})
+    return total
 
 
 def combined_score(scores: dict[str, Tensor]) -> Tensor:
