@@ -1,8 +1,14 @@
-"""Which k of L layers to keep: every strategy returns the sorted tuple of kept layer indices."""
+"""Which k of L layers to keep: every strategy returns the sorted tuple of kept layer indices.
+
+The first strategies take scores, one a layer. The searches take an evaluator, which says what any subset
+of layers is worth (:class:`paper_src.coalitions.Evaluator`).
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from random import Random
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +16,14 @@ from torch import Tensor
 from paper_src import InputError
 
 KeptLayers = tuple[int, ...]
+
+
+class Evaluator(Protocol):
+    """What a search asks: ``losses`` of subsets of ``depth`` layers, one number a subset, lower is better."""
+
+    depth: int
+
+    def losses(self, subsets: Iterable[KeptLayers]) -> list[float]: ...
 
 
 def top_k(scores: Sequence[float], k: int) -> KeptLayers:
@@ -99,12 +113,146 @@ def drop_block(angular: Tensor, k: int) -> KeptLayers:
     return tuple(layer for layer in range(depth) if not start <= layer < start + removed)
 
 
+def shortgpt(block_influence: Sequence[float], k: int) -> KeptLayers:
+    """The k layers of highest block influence (Men et al. 2024, arXiv:2403.03853): :func:`top_k` by that score."""
+    return top_k(block_influence, k)
+
+
+def shortened_llama_ppl(leave_one_out: Sequence[float], k: int) -> KeptLayers:
+    """The k layers whose removal, each alone, costs most (Kim et al. 2024, arXiv:2402.02834, section 3.1, "PPL").
+
+    Args:
+        leave_one_out: (L,) NLL without each layer; the order is taken once and never updated.
+        k: number of layers to keep.
+    """
+    return top_k(leave_one_out, k)
+
+
+def shortened_llama_taylor_plus(taylor: Sequence[float], k: int, first: int = 4, last: int = 2) -> KeptLayers:
+    """The first 4 and last 2 layers, then the highest of ``taylor`` (arXiv:2402.02834, section 3.1, "Taylor+").
+
+    Where k is below ``first + last``, the first layers go before the last ones: k = 4 keeps the first 2 and last 2.
+
+    Example:
+        >>> shortened_llama_taylor_plus([1, 1, 1, 1, 5, 9, 7, 1, 1], 7)
+        (0, 1, 2, 3, 5, 7, 8)
+    """
+    scores = _checked(taylor)
+    depth = len(scores)
+    _check_k(k, depth)
+    tail = min(last, k)
+    always = {*range(min(first, k - tail)), *range(depth - tail, depth)}
+    others = _ranked(scores, [layer for layer in range(depth) if layer not in always])
+    return tuple(sorted([*always, *others[: k - len(always)]]))
+
+
+def sleb(evaluator: Evaluator, k: int, progress: Callable = iter) -> KeptLayers:
+    """Greedy removal: drop the layer whose loss is least, again and again (Song et al. 2024, arXiv:2402.09025).
+
+    Of equal losses the earlier candidate in layer order is dropped.
+    """
+    return beam_search(evaluator, k, width=1, progress=progress)
+
+
+def beam_search(evaluator: Evaluator, k: int, width: int = 3, progress: Callable = iter) -> KeptLayers:
+    """Removal of one layer a round from the ``width`` best subsets so far; :func:`sleb` is the case of width 1."""
+    _check_k(k, evaluator.depth)
+    beam = [tuple(range(evaluator.depth))]
+    for _ in progress(range(evaluator.depth - k)):
+        beam = _best(evaluator, [_without(kept, layer) for kept in beam for layer in kept], width)
+    return beam[0]
+
+
+def swap_refinement(evaluator: Evaluator, kept: Sequence[int], rounds: int = 10) -> KeptLayers:
+    """``kept`` improved: add the layer that helps most, drop the one that costs least, until nothing changes.
+
+    A swap is accepted only if it lowers the loss, so the result is never worse than the start.
+    """
+    kept = tuple(sorted(kept))
+    _check_k(len(kept), evaluator.depth)
+    for _ in range(rounds):
+        missing = [layer for layer in range(evaluator.depth) if layer not in kept]
+        if not missing:
+            break
+        larger = _best(evaluator, [tuple(sorted({*kept, layer})) for layer in missing], 1)[0]
+        better = _best(evaluator, [kept, *(_without(larger, layer) for layer in larger)], 1)[0]
+        if better == kept:
+            break
+        kept = better
+    return kept
+
+
+def evopress(
+    stages: Sequence[tuple[Evaluator, int]],
+    k: int,
+    generations: int = 20,
+    offspring: int = 32,
+    initial: int = 64,
+    mutations: int = 3,
+    seed: int = 0,
+    start: KeptLayers | None = None,
+    progress: Callable = iter,
+) -> KeptLayers:
+    """Evolutionary search at fixed k (Sieberling et al. 2024, arXiv:2410.14649, algorithm 1, "level switch").
+
+    The best of ``initial`` random subsets becomes the parent. Each generation makes ``offspring`` copies with
+    min(U{1..mutations}, U{1..mutations}) swaps of a kept for a dropped layer, and selects in stages, each on
+    more text than the one before; the parent takes part in the last.
+
+    Args:
+        stages: (evaluator, survivors) from little to much text; the paper takes 2 and 1 survivors and the KL
+            divergence to the full model.
+        k: number of layers to keep.
+        generations: the paper takes hundreds; its figures hardly move after a few tens for whole layers.
+        offspring: children a generation.
+        initial: random subsets of the start, judged by the first stage.
+        mutations: most swaps a child.
+        seed: of all draws.
+        start: the first parent, instead of the best of random subsets.
+        progress: wraps the iterable of generations.
+    """
+    depth = stages[0][0].depth
+    _check_k(k, depth)
+    generator = Random(seed)
+    parent = start
+    if parent is None:
+        subsets = {tuple(sorted(generator.sample(range(depth), k))) for _ in range(initial)}
+        parent = _best(stages[0][0], sorted(subsets), 1)[0]
+    for _ in progress(range(generations)):
+        children = {_mutated(parent, depth, mutations, generator) for _ in range(offspring)} - {parent}
+        survivors = sorted(children)
+        for number, (evaluator, count) in enumerate(stages, start=1):
+            last = number == len(stages)
+            survivors = _best(evaluator, [parent, *survivors] if last else survivors, count)
+        parent = survivors[0]
+    return parent
+
+
 def random_draws(depth: int, k: int, count: int, seed: int) -> list[KeptLayers]:
     """``count`` uniform random sets of k layers: the control that every strategy is compared with."""
     _check_k(k, depth)
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randperm(depth, generator=generator)[:k].tolist() for _ in range(count)]
     return [tuple(sorted(draw)) for draw in draws]
+
+
+def _best(evaluator: Evaluator, subsets: Sequence[KeptLayers], count: int) -> list[KeptLayers]:
+    """The ``count`` different subsets of lowest loss; of equal ones the first given."""
+    subsets = list(dict.fromkeys(subsets))
+    losses = dict(zip(subsets, evaluator.losses(subsets), strict=True))
+    return sorted(subsets, key=losses.get)[:count]
+
+
+def _without(kept: KeptLayers, layer: int) -> KeptLayers:
+    return tuple(other for other in kept if other != layer)
+
+
+def _mutated(kept: KeptLayers, depth: int, mutations: int, generator: Random) -> KeptLayers:
+    """``kept`` with a few layers swapped for others."""
+    dropped = [layer for layer in range(depth) if layer not in kept]
+    swaps = min(generator.randint(1, mutations), generator.randint(1, mutations), len(dropped), len(kept))
+    out = set(generator.sample(kept, swaps))
+    return tuple(sorted({*kept} - out | set(generator.sample(dropped, swaps))))
 
 
 def _ranked(scores: list[float], layers: Sequence[int]) -> list[int]:

@@ -1,0 +1,131 @@
+"""Searches and published strategies against hand values and brute force."""
+
+import itertools
+
+import pytest
+from conftest import build_model
+
+from paper_src import selection
+from paper_src.coalitions import Evaluator
+
+
+class Planted:
+    """An evaluator whose loss is known, and which counts the different subsets it was asked about."""
+
+    def __init__(self, depth, loss):
+        self.depth, self.loss, self.asked = depth, loss, set()
+
+    def losses(self, subsets):
+        self.asked.update(subsets)
+        return [self.loss(set(kept)) for kept in subsets]
+
+    def best(self, k):
+        return min(itertools.combinations(range(self.depth), k), key=lambda kept: self.loss(set(kept)))
+
+
+def additive(kept):
+    """Layers 1, 4 and 6 are worth most, each by itself."""
+    return 10 - sum({1: 3, 4: 2, 6: 4, 2: 0.5}.get(layer, 0.1 * layer / 10) for layer in kept)
+
+
+def paired(kept):
+    """Layers 2 and 5 are worth much together and nothing alone; 0 and 7 are worth a little alone."""
+    return 10 - 5 * ({2, 5} <= kept) - (0 in kept) - (7 in kept) - 0.01 * sum(kept)
+
+
+class TestPublished:
+    def test_taylor_plus_keeps_the_first_four_and_last_two(self):
+        taylor = [0, 0, 0, 0, 5, 9, 7, 8, 0, 0]
+        assert selection.shortened_llama_taylor_plus(taylor, 8) == (0, 1, 2, 3, 5, 7, 8, 9)
+
+    @pytest.mark.parametrize(("k", "kept"), [(1, (9,)), (2, (8, 9)), (4, (0, 1, 8, 9)), (6, (0, 1, 2, 3, 8, 9))])
+    def test_taylor_plus_with_less_than_six_layers(self, k, kept):
+        assert selection.shortened_llama_taylor_plus(range(10), k) == kept
+
+    def test_ppl_keeps_the_layers_that_cost_most_alone(self):
+        assert selection.shortened_llama_ppl([0.3, 0.1, 0.2, 0.9], 2) == (0, 3)
+
+    def test_shortgpt_keeps_the_highest_block_influence(self):
+        assert selection.shortgpt([0.3, 0.1, 0.2, 0.9], 3) == (0, 2, 3)
+
+
+class TestSearches:
+    @pytest.mark.parametrize("k", [1, 3, 5, 8])
+    def test_all_find_the_optimum_where_layers_are_worth_something_each_by_itself(self, k):
+        game = Planted(8, additive)
+        best = game.best(k)
+        assert selection.sleb(game, k) == best
+        assert selection.beam_search(game, k, width=2) == best
+        assert selection.swap_refinement(game, range(k)) == best
+        assert selection.evopress([(game, 2), (game, 1)], k, generations=15, offspring=8, initial=8) == best
+
+    def test_sleb_is_greedy_removal(self):
+        kept = set(range(8))
+        while len(kept) > 3:
+            kept.remove(min(sorted(kept), key=lambda layer: paired(kept - {layer})))
+        assert selection.sleb(Planted(8, paired), 3) == tuple(sorted(kept))
+
+    def test_sleb_asks_about_each_candidate_of_each_round(self):
+        game = Planted(8, additive)
+        selection.sleb(game, 5)
+        assert len(game.asked) == 8 + 7 + 6
+
+    def test_a_wider_beam_and_evolution_find_what_greedy_removal_misses(self):
+        def trap(kept):  # dropping 7 first looks best, and the pair 6, 7 is the answer
+            if len(kept) == 7:
+                return {7: 0.0, 6: 0.2}.get(*(set(range(8)) - kept), 1.0)
+            return -float({6, 7} <= kept)
+
+        game = Planted(8, trap)
+        assert game.loss(set(selection.sleb(game, 2))) == 0
+        assert selection.beam_search(game, 2, width=8) == (6, 7)
+        assert selection.evopress([(game, 1)], 2, generations=20, offspring=16, initial=16) == (6, 7)
+
+    @pytest.mark.parametrize("start", [(0, 1, 3), (2, 3, 5), (4, 6, 7)])
+    def test_swaps_never_make_it_worse(self, start):
+        game = Planted(8, paired)
+        assert paired(set(selection.swap_refinement(game, start))) <= paired(set(start))
+
+    def test_swaps_stop_when_nothing_changes(self):
+        game = Planted(8, additive)
+        best = game.best(3)
+        game.asked.clear()
+        assert selection.swap_refinement(game, best) == best
+        assert len(game.asked) <= 5 + 4 + 1
+
+    def test_swaps_leave_all_layers_as_they_are(self):
+        assert selection.swap_refinement(Planted(4, additive), range(4)) == (0, 1, 2, 3)
+
+    def test_evolution_repeats_with_its_seed_and_keeps_k_layers(self):
+        results = [selection.evopress([(Planted(9, paired), 1)], 4, 3, 6, 6, seed=seed) for seed in (0, 0, 5)]
+        assert results[0] == results[1]
+        assert all(len(kept) == 4 for kept in results)
+
+    def test_evolution_never_loses_its_start(self):
+        game = Planted(8, paired)
+        best = game.best(3)
+        assert selection.evopress([(game, 2), (game, 1)], 3, generations=3, offspring=6, start=best) == best
+
+    def test_k_out_of_range_is_refused(self, refused):
+        game = Planted(5, additive)
+        for search in (
+            lambda: selection.sleb(game, 0),
+            lambda: selection.evopress([(game, 1)], 6),
+            lambda: selection.swap_refinement(game, ()),
+        ):
+            with refused("of 5 layers: keep between 1 and 5"):
+                search()
+
+
+def test_on_a_model_searches_reach_the_brute_force_optimum(make_blocks):
+    model = build_model("llama", num_hidden_layers=6, seed=2)
+    evaluator = Evaluator(model, make_blocks(4, 12))
+    subsets = list(itertools.combinations(range(6), 3))
+    best = min(evaluator.losses(subsets))
+    found = selection.evopress([(evaluator, 1)], 3, generations=15, offspring=12, initial=12)
+    assert evaluator(found) == best
+    assert (
+        best
+        <= evaluator(selection.swap_refinement(evaluator, selection.sleb(evaluator, 3)))
+        <= max(evaluator.losses(subsets))
+    )
