@@ -20,6 +20,9 @@ def sources(name, *modules):
     return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code]
 
 
+CAUSAL = ("coalitions", "fidelity", "store")
+
+
 def tables(*names):
     return [f"{OUT}/tables/{name}.{form}" for name in names for form in ("csv", "md", "tex")]
 
@@ -47,10 +50,10 @@ rule all:
 
 rule importance:
     input:
-        sources("01_importance", "data", "scoring", "tables", "reported", "figures"),
+        sources("01_importance", "data", "scoring", *CAUSAL, "tables", "reported", "figures"),
     output:
-        tables("t1_importance", "t1_angular", "t1_top10", "t1_agreement"),
-        figures("f1_importance", "f1_agreement"),
+        tables("t1_importance", "t1_angular", "t1_top10", "t1_agreement", "t1_causal", "t1_saturation", "t1_cost"),
+        figures("f1_importance", "f1_agreement", "f1_causal", "f1_saturation"),
         record("01_importance"),
     threads: workflow.cores
     shell:
@@ -59,12 +62,13 @@ rule importance:
 
 rule selection:
     input:
-        sources("02_selection", "selection", "tables", "reported", "figures"),
-        tables("t1_importance", "t1_angular"),
+        sources("02_selection", "data", "selection", *CAUSAL, "tables", "reported", "figures"),
+        tables("t1_importance", "t1_angular", "t1_cost"),
     output:
-        tables("t2_selection"),
-        figures("f2_selection"),
+        tables("t2_selection", "t2_strategies"),
+        figures("f2_selection", "f2_strategies"),
         record("02_selection"),
+    threads: workflow.cores
     shell:
         RUN
 
@@ -86,7 +90,7 @@ rule compaction:
 
 rule fidelity:
     input:
-        sources("04_fidelity", "data", "compaction", "fidelity", "tables", "reported", "figures"),
+        sources("04_fidelity", "data", "fidelity", "tables", "reported", "figures"),
         tables("t2_selection", "t3_speed"),
     output:
         tables("t4_fidelity", "t4_random"),
@@ -97,12 +101,25 @@ rule fidelity:
         RUN
 
 
+rule controls:
+    input:
+        sources("08_controls", "data", "controls", "compaction", "selection", *CAUSAL, "tables", "figures"),
+        tables("t1_importance", "t2_selection"),
+    output:
+        tables("t8_controls", "t8_random", "t8_scores", "t8_permuted", "t8_speed", "t8_text"),
+        figures("f8_controls"),
+        record("08_controls"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
 rule summary:
     input:
         sources("09_summary", "claims", "tables", "reported"),
         "paper_src/summary.md.j2",
-        tables("t1_importance", "t1_top10", "t1_agreement", "t2_selection", "t3_size", "t3_speed"),
-        tables("t4_fidelity", "t4_random"),
+        tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
+        tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t8_controls", "t8_scores"),
     output:
         tables("t9_claims"),
         f"{OUT}/SUMMARY.md",

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from paper_src import reported
 from paper_src.report import kept_tuple
@@ -37,8 +37,10 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
 TITLES = {
     "fisher": "Fisher (empirical)",
     "fisher_true": "Fisher (true)",
+    "fisher_per_parameter": "Fisher / parameter",
     "grad_norm": "gradient norm",
     "taylor": "Taylor",
+    "weight_taylor": "Taylor, by weight",
     "block_influence": "block influence",
     "activation_variance": "activation variance",
     "activation_variance_no_sink": "variance, no sinks",
@@ -46,6 +48,8 @@ TITLES = {
     "activation_mean_abs_no_sink": "mean |act.|, no sinks",
     "activation_kurtosis": "kurtosis",
     "activation_kurtosis_no_sink": "kurtosis, no sinks",
+    "leave_one_out": "leave-one-out",
+    "shapley": "Shapley",
     "combined": "combined",
 }
 TASKS = {
@@ -96,6 +100,76 @@ def agreement(table: pd.DataFrame) -> Figure:
             axis.text(column, row, f"{value:.2f}", ha="center", va="center", size=6.5, color=colour, weight=weight)
         figure.colorbar(image, label="Kendall's tau", shrink=0.8)
         axis.set_title("Do scores rank layers alike? Diagonal: two halves of the text")
+    plt.close(figure)
+    return figure
+
+
+def causal(table: pd.DataFrame, agreement: pd.DataFrame, scores: list[str]) -> Figure:
+    """Scores of gradients and activations (columns) against what removing layers really costs (rows), a dot a layer.
+
+    Args:
+        table: t1_importance.
+        agreement: t1_agreement, for Kendall's tau and its interval.
+        scores: the columns.
+    """
+    titles = {"leave_one_out": "leave-one-out, nats/token", "shapley": "Shapley value, nats/token"}
+    taus = agreement.set_index(["score_a", "score_b"])
+    with matplotlib.rc_context(STYLE):
+        size = (2.5 * len(scores), 5)
+        figure, axes = plt.subplots(len(titles), len(scores), figsize=size, sharex="col", sharey="row", squeeze=False)
+        for row, (causal, title) in zip(axes, titles.items(), strict=True):
+            for axis, score in zip(row, scores, strict=True):
+                error = {"xerr": table[f"{score}_se"], "yerr": table[f"{causal}_se"]}
+                axis.errorbar(table[score], table[causal], **error, ls="", marker="o", ms=3, color=BLUE, elinewidth=0.6)
+                for layer in table.nlargest(4, causal)["layer"]:
+                    place = (table.loc[layer, score], table.loc[layer, causal])
+                    axis.annotate(str(layer), place, textcoords="offset points", xytext=(4, 2), size=7)
+                tau = taus.loc[(score, causal)]
+                low, high = tau["kendall_tau_lo"], tau["kendall_tau_hi"]
+                axis.set_title(f"tau {tau['kendall_tau']:.2f} [{low:.2f}, {high:.2f}]", weight="normal")
+                axis.set_yscale("symlog", linthresh=0.1)
+                if table[score].min() > 0 and table[score].max() / table[score].median() > 20:
+                    axis.set_xscale("log")
+            row[0].set_ylabel(title)
+        for axis, score in zip(axes[-1], scores, strict=True):
+            axis.set_xlabel(TITLES.get(score, score))
+        figure.suptitle("Do cheap scores say what a layer is worth? (the four layers worth most are numbered)")
+    plt.close(figure)
+    return figure
+
+
+def saturation(coalitions: pd.DataFrame, causal: pd.DataFrame, cap: float) -> Figure:
+    """Why the loss is capped: what coalitions of each size lose, and the Shapley values with and without the cap.
+
+    Args:
+        coalitions: t1_saturation.
+        causal: t1_causal.
+        cap: log V, nats.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+        rows = coalitions[coalitions["layers"] > 0]
+        left.fill_between(rows["layers"], rows["nll_nats_p10"], rows["nll_nats_p90"], color=RED, alpha=0.2, lw=0,
+                          label="10% to 90% of coalitions")  # fmt: skip
+        left.plot(rows["layers"], rows["nll_nats_median"], color=RED, label="NLL, median")
+        left.plot(rows["layers"], rows["nll_capped_nats_median"], color=BLUE, label="each token capped, median")
+        left.axhline(cap, color="black", ls="--", lw=1, label="uniform guess, log V")
+        left.set_xlabel("layers in the coalition")
+        left.set_ylabel("nats/token")
+        none = coalitions.loc[coalitions["layers"] == 0, "nll_nats_median"]
+        left.set_title(f"Loss of random coalitions (without any layer: {none.iloc[0]:.0f} nats)")
+        left.legend()
+        for name, colour, shift, label in (
+            ("shapley", BLUE, -0.2, "capped"),
+            ("shapley_uncapped", RED, 0.2, "uncapped"),
+        ):
+            scale = causal[name].abs().max()
+            right.bar(causal["layer"] + shift, causal[name] / scale, yerr=causal[f"{name}_se"] / scale, width=0.4,
+                      color=colour, error_kw={"elinewidth": 0.7}, label=label)  # fmt: skip
+        right.set_xlabel("layer")
+        right.set_ylabel("Shapley value / largest")
+        right.set_title("Shapley values (bars: standard error)")
+        right.legend()
     plt.close(figure)
     return figure
 
@@ -168,7 +242,53 @@ def speed(table: pd.DataFrame, depth: int) -> Figure:
 STRATEGIES = {
     "random": ("#b5b5b5", "."), "top_k": (BLUE, "o"), "distributed": (ORANGE, "s"), "drop_block": (GREEN, "^"),
     "first_and_last": (PURPLE, "v"), "evenly_spaced": (SKY, "D"), "reported_list": (RED, "X"),
+    "chosen": ("black", "*"),
 }  # fmt: skip
+NAMES = {
+    "drop_block": "angular block", "shortgpt": "ShortGPT", "shortened_llama_ppl": "PPL",
+    "shortened_llama_taylor_plus": "Taylor+", "sleb": "SLEB",
+    "evopress": "EvoPress", "evolved": "evolved", "swap": "swaps",
+}  # fmt: skip
+
+
+def strategies(table: pd.DataFrame) -> Figure:
+    """Perplexity on validation text of every strategy, a panel for each k; beside each dot what finding it cost.
+
+    Args:
+        table: t2_strategies.
+    """
+    keep = sorted(set(table["k"]), reverse=True)
+    label = table.apply(lambda row: NAMES.get(row["strategy"], selection_label(row)), axis=1)
+    table = table.assign(label=label.replace("random", "random, mean"))
+    order = table.groupby("label")["nll_nats"].mean().sort_values().index
+    with matplotlib.rc_context(STYLE):
+        size = (3.2 * len(keep) + 1.5, 0.8 + 0.24 * len(order))
+        figure, axes = plt.subplots(1, len(keep), figsize=size, sharey=True, squeeze=False)
+        for axis, k in zip(axes[0], keep, strict=True):
+            rows = table[table["k"] == k]
+            for row in rows.itertuples():
+                height = order.get_loc(row.label)
+                colour = GREY if row.strategy == "random" else BLUE if row.strategy in NAMES else ORANGE
+                ring = {"mec": RED, "mew": 1.8, "ms": 8} if row.chosen else {"ms": 5}
+                axis.plot(row.ppl_ratio, height, "o", color=colour, **ring)
+                if row.strategy != "random":
+                    axis.annotate(f"{row.forward_tokens / 1e3:.0f}k", (row.ppl_ratio, height), size=6,
+                                  textcoords="offset points", xytext=(6, -2))  # fmt: skip
+            axis.set_xscale("log")
+            low, high = np.log10(axis.get_xlim())
+            axis.set_xlim(right=10 ** (high + 0.15 * (high - low)))  # room for the numbers
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_title(f"k = {k}")
+            axis.set_xlabel("perplexity / full model's")
+        axes[0, 0].set_yticks(range(len(order)), order)
+        axes[0, 0].invert_yaxis()
+        for colour, text in ((BLUE, "published strategy or search"), (ORANGE, "score or rule"), (GREY, "control")):
+            axes[0, 0].plot([], [], "o", ms=5, color=colour, label=text)
+        axes[0, 0].plot([], [], "o", ms=8, color="white", mec=RED, mew=1.8, label="chosen")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.suptitle("Strategies on validation text (numbers: cost in thousands of tokens through the full model)")
+    plt.close(figure)
+    return figure
 
 
 def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series) -> Figure:
@@ -202,5 +322,77 @@ def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series)
         axes[1].set_yscale("log")
         axes[1].set_ylabel("perplexity / full model's perplexity")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    plt.close(figure)
+    return figure
+
+
+def controls(
+    drawn: pd.DataFrame, scores: pd.DataFrame, moved: pd.DataFrame, speed: pd.DataFrame, text: pd.DataFrame
+) -> Figure:
+    """One panel for each wrong practice beside the right one.
+
+    Args:
+        drawn: t8_random.
+        scores: t8_scores.
+        moved: t8_permuted.
+        speed: t8_speed.
+        text: t8_text.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+        axis = axes[0, 0]
+        axis.hist(np.log10(drawn["ppl_ratio"]), bins=20, color="#b5b5b5", label=f"{len(drawn)} made-up scores")
+        tops, unit = scores.sort_values("ppl_ratio"), axis.get_ylim()[1] / 20
+        for index, row in enumerate(tops.itertuples()):
+            axis.plot(np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index), "o", ms=3.5, color=BLUE)
+            label = f"{TITLES.get(row.score, row.score.replace('_', ' '))} (p = {row.p_ppl:.2f})"
+            axis.annotate(label, (np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index)), textcoords="offset points",
+                          xytext=(5, -2), size=5.5)  # fmt: skip
+        axis.margins(x=0.05)
+        axis.set_xlim(right=axis.get_xlim()[1] + 0.45 * np.diff(axis.get_xlim()).item())  # room for the names
+        axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
+        axis.set_xlabel("log10 of perplexity / full model's")
+        axis.set_ylabel("draws")
+        axis.set_title("Scores from np.random.normal, and real ones (dots)")
+        axis.legend(loc="upper right")
+
+        axis = axes[0, 1]
+        ways = list(dict.fromkeys(moved["chosen_by"]))
+        for shift, (order, part), colour in zip((-0.2, 0.2), moved.groupby("model"), (BLUE, ORANGE), strict=True):
+            height = part.set_index("chosen_by").loc[ways, "ppl_ratio"]
+            axis.bar(np.arange(len(ways)) + shift, height, width=0.4, color=colour, label=f"{order} model")
+            for place, kept in enumerate(part.set_index("chosen_by").loc[ways, "working_kept"]):
+                axis.annotate(f"{kept} kept", (place + shift, height.iloc[place]), ha="center", va="bottom", size=7)
+        axis.set_xticks(range(len(ways)), [way.replace("_", " ") for way in ways])
+        axis.set_yscale("log")
+        axis.set_ylabel("perplexity / full model's")
+        axis.set_title("The same layers in other places (working layers kept)")
+        axis.legend()
+
+        axis = axes[1, 0]
+        error = [speed["speedup"] - speed["speedup_lo"], speed["speedup_hi"] - speed["speedup"]]
+        colours = [BLUE, RED, BLUE, RED, RED]
+        axis.barh(speed["timed"].str.replace("_", " "), speed["speedup"], xerr=error, color=colours)
+        axis.axvline(1, color="black", lw=1)
+        axis.invert_yaxis()
+        axis.set_xlabel("speedup found (blue: right practice)")
+        axis.set_title(f"Masks, and requests over HTTP (k = {speed['k'].iloc[0]})")
+
+        axis = axes[1, 1]
+        models = text[text["kl_nats"].notna()]
+        axis.plot(models["kl_nats"], models["text_similarity"], "o", color=BLUE)
+        for row in models.itertuples():
+            axis.annotate(
+                row.model, (row.kl_nats, row.text_similarity), textcoords="offset points", xytext=(4, 3), size=7
+            )
+        unrelated = text.loc[text["kl_nats"].isna(), "text_similarity"].item()
+        axis.axhline(unrelated, color=GREY, ls="--", lw=1, label="texts of different prompts")
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlabel("KL(full || model), nats/token")
+        axis.set_ylabel("similarity to the full model's text")
+        axis.set_title("Text similarity against KL")
+        axis.set_ylim(0, 1.08)
+        axis.margins(x=0.18)
+        axis.legend(loc="lower left")
     plt.close(figure)
     return figure

@@ -43,7 +43,8 @@ class Section:
         self.name = name
         self.root = Path(results)
         self.parameters = {key: scope[key] for key in check_types(declared(Path(f"{name}.ipynb")), scope)}
-        self.started = time.time()
+        self.started, self._lap = time.time(), time.perf_counter()
+        self.evaluations = self.root / "evaluations" / f"{name}.sqlite"  # what a killed run leaves to the next one
         try:
             for folder in ("tables", "figures", "models"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -87,8 +88,13 @@ class Section:
                 figure.savefig(path, format=form, metadata=metadata)
         return figure
 
+    def lap(self) -> float:
+        """Seconds since the last call, at first since the section began."""
+        before, self._lap = self._lap, time.perf_counter()
+        return self._lap - before
+
     def finish(self, loaded: Loaded | None = None, texts: Mapping[str, str] | None = None) -> None:
-        """Write ``tables/<notebook>.json``: where these numbers come from.
+        """Write ``tables/<notebook>.json``: where these numbers come from; a later run computes all anew.
 
         Args:
             loaded: the model used, if any.
@@ -109,6 +115,7 @@ class Section:
         }  # fmt: skip
         with replacing(self.root / "tables" / f"{self.name}.json") as path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        self.evaluations.unlink(missing_ok=True)
 
     def _maker(self, table: str) -> str:
         """Name of the notebook that writes ``table``: t3_speed is made by 03_..."""
@@ -127,9 +134,9 @@ def git_state() -> dict[str, object]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
-def progress(items: Iterable, what: str) -> Iterable:
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
     """``items`` with a plain-text bar: a line in JupyterLab and in a terminal, one every 10 s in a log."""
-    return tqdm(items, desc=what, mininterval=10, ascii=True, ncols=79)
+    return tqdm(items, desc=what, total=total, mininterval=10, ascii=True, ncols=79)
 
 
 def progress_bar(what: str) -> Callable[[Iterable], Iterable]:

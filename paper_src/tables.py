@@ -5,20 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import kendalltau
 from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity, reported, selection, timing
-from paper_src.compaction import compact
-from paper_src.models import count_parameters
+from paper_src.coalitions import Cost, Evaluator, ShapleyValues
+from paper_src.models import SubsetRunner, count_parameters
 from paper_src.report import kept_text, kept_tuple
 from paper_src.scoring import LayerScores, combined_score
 
 COMBINED_FROM = ("fisher", "grad_norm", "activation_variance")
+CAUSAL = ("leave_one_out", "shapley")
 SCORES = (
-    "fisher", "fisher_true", "fisher_per_parameter", "grad_norm", "taylor", "block_influence",
+    "fisher", "fisher_true", "fisher_per_parameter", "grad_norm", "taylor", "weight_taylor", "block_influence",
     "activation_variance", "activation_variance_no_sink", "activation_mean_abs", "activation_mean_abs_no_sink",
-    "activation_kurtosis", "activation_kurtosis_no_sink", "combined",
+    "activation_kurtosis", "activation_kurtosis_no_sink", *CAUSAL, "combined",
 )  # fmt: skip
 
 
@@ -53,22 +55,74 @@ def top10(importance: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def agreement(scores: LayerScores, importance: pd.DataFrame) -> pd.DataFrame:
+def agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200, seed: int = 0) -> pd.DataFrame:
     """t1_agreement: Kendall's tau of every pair of scores; of a score with itself, between halves of the text.
 
-    ``combined`` with itself is the tau between the combined scores of the two halves.
+    ``combined`` with itself is the tau between the combined scores of the two halves. The 95% intervals of
+    the pairs are bootstraps: the sequences are drawn anew, with the scores that share them together.
     """
     halves = {name: scores.half_split_tau(name) for name in SCORES[:-1]}
     parts = [
         combined_score({name: scores.per_sequence[name][start::2].mean(dim=0) for name in COMBINED_FROM})
         for start in (0, 1)
     ]
-    halves["combined"] = float(kendalltau(*parts).statistic)
-    rows = [
-        {"score_a": a, "score_b": b,
-         "kendall_tau": halves[a] if a == b else float(kendalltau(importance[a], importance[b]).statistic)}
-        for a in SCORES for b in SCORES
-    ]  # fmt: skip
+    halves["combined"] = _tau(*parts)
+    redrawn = _redrawn(scores, draws, seed)
+    rows = []
+    for a in SCORES:
+        for b in SCORES:
+            row = {
+                "score_a": a,
+                "score_b": b,
+                "kendall_tau": halves[a] if a == b else _tau(importance[a], importance[b]),
+            }
+            if a != b:
+                taus = [_tau(x, y) for x, y in zip(redrawn[a], redrawn[b], strict=True)]
+                row["kendall_tau_lo"], row["kendall_tau_hi"] = np.quantile(taus, [0.025, 0.975])
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _redrawn(scores: LayerScores, draws: int, seed: int) -> dict[str, np.ndarray]:
+    """score -> (draws, L) means over bootstrap samples of the sequences."""
+    means = {}
+    for name in SCORES[:-1]:
+        values = scores.per_sequence[name].numpy()
+        picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+        means[name] = np.stack([values[pick].mean(axis=0) for pick in picks])
+    parts = [{name: torch.from_numpy(means[name][draw]) for name in COMBINED_FROM} for draw in range(draws)]
+    means["combined"] = np.stack([combined_score(part).numpy() for part in parts])
+    return means
+
+
+def _tau(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(kendalltau(a, b).statistic)
+
+
+def costs(spent: dict[str, Cost]) -> pd.DataFrame:
+    """t1_cost: what each kind of score cost; ``one pass`` gives all that are not named."""
+    return pd.DataFrame([{"scores": name, **vars(cost)} for name, cost in spent.items()])
+
+
+def causal(leave_one_out: np.ndarray, values: ShapleyValues) -> pd.DataFrame:
+    """t1_causal: leave-one-out and Shapley values of each layer, the latter with and without the cap of the loss."""
+    columns = {"layer": range(leave_one_out.shape[1]), "leave_one_out": leave_one_out.mean(axis=0)}
+    for index, name in enumerate(("shapley", "shapley_uncapped")):
+        columns[name] = values.mean[:, index]
+        columns[f"{name}_se"] = values.standard_error[:, index]
+    return pd.DataFrame(columns)
+
+
+def saturation(values: ShapleyValues) -> pd.DataFrame:
+    """t1_saturation: loss of the coalitions of each size that the Shapley values rest on, with and without the cap."""
+    frame = pd.DataFrame(values.coalitions, columns=["layers", "nll_capped_nats", "nll_nats"]).astype({"layers": int})
+    rows = []
+    for layers, part in frame.groupby("layers"):
+        low, middle, high = np.quantile(part["nll_nats"], [0.1, 0.5, 0.9])
+        rows.append({
+            "layers": layers, "n": len(part), "nll_nats_p10": low, "nll_nats_median": middle, "nll_nats_p90": high,
+            "nll_capped_nats_median": part["nll_capped_nats"].median(),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -85,6 +139,9 @@ def selections(
             kept = selection.distributed(values, k, regions)
             rows.append({"strategy": "distributed", "score": score, "k": k, "kept": kept})
         plain = {
+            "shortgpt": selection.shortgpt(importance["block_influence"], k),
+            "shortened_llama_ppl": selection.shortened_llama_ppl(importance["leave_one_out"], k),
+            "shortened_llama_taylor_plus": selection.shortened_llama_taylor_plus(importance["weight_taylor"], k),
             "drop_block": selection.drop_block(angular.to_numpy(), k),
             "evenly_spaced": selection.evenly_spaced(depth, k),
             "first_and_last": selection.first_and_last(depth, k),
@@ -96,6 +153,110 @@ def selections(
         rows += [{"strategy": "random", "k": k, "draw": i, "kept": kept} for i, kept in enumerate(random)]
     frame = pd.DataFrame(rows, columns=["strategy", "score", "k", "draw", "kept"])
     return frame.assign(kept=frame["kept"].map(kept_text), draw=frame["draw"].astype("Int64"))
+
+
+def searches(
+    evaluator: Evaluator, rough: Evaluator, keep: Sequence[int], settings: dict[str, int], progress: Callable = iter
+) -> pd.DataFrame:
+    """What each search keeps at each k: rows of t2_selection, with what they asked of the evaluators.
+
+    ``evolved`` is EvoPress from what SLEB found; ``swap`` improves the best of what the others found.
+
+    Args:
+        evaluator: judges on the calibration text.
+        rough: judges on a part of it: the first stage of EvoPress.
+        keep: numbers of layers to keep.
+        settings: ``generations``, ``offspring``, ``initial`` and ``seed`` of EvoPress.
+        progress: wraps the iterable of searches.
+    """
+    rows = []
+    for k in progress(sorted(keep, reverse=True)):
+        found = {}
+        for strategy in ("sleb", "evopress", "evolved", "swap"):
+            with evaluator.cost() as cost, rough.cost() as rough_cost:
+                if strategy == "sleb":
+                    found[strategy] = selection.sleb(evaluator, k)
+                elif strategy == "evopress":
+                    found[strategy] = selection.evopress([(rough, 2), (evaluator, 1)], k, **settings)
+                elif strategy == "evolved":
+                    start = {"start": found["sleb"]}
+                    found[strategy] = selection.evopress([(rough, 2), (evaluator, 1)], k, **settings, **start)
+                else:
+                    found[strategy] = selection.swap_refinement(evaluator, min(found.values(), key=evaluator))
+            cost.add(rough_cost)
+            rows.append({"strategy": strategy, "k": k, "kept": kept_text(found[strategy]), **vars(cost)})
+    return pd.DataFrame(rows)
+
+
+# What notebook 2 judges on validation text: every published strategy and search, and these scores.
+JUDGED = ("fisher", "combined", *CAUSAL)
+
+
+def judged(table: pd.DataFrame, keep: Sequence[int]) -> pd.DataFrame:
+    """Rows of t2_selection that are compared on validation text."""
+    by_score = table["strategy"].isin(["top_k", "distributed"])
+    return table[table["k"].isin(keep) & (~by_score | table["score"].isin(JUDGED))]
+
+
+def strategies(
+    table: pd.DataFrame, measured: dict, searched: pd.DataFrame, costs: pd.DataFrame, depth: int
+) -> pd.DataFrame:
+    """t2_strategies: perplexity and cosine on validation text of each strategy, and what finding it cost.
+
+    ``p_ppl`` is the chance that a random selection of the same k does at least as well; ``chosen`` marks the
+    lowest perplexity at each k. Scores cost what t1_cost says, whatever the number of selections made from them.
+
+    Args:
+        table: rows of t2_selection.
+        measured: from :func:`measure` on validation text.
+        searched: from :func:`searches`.
+        costs: t1_cost.
+        depth: number of layers L.
+    """
+    full = float(measured[kept_text(range(depth))]["nll_nats"].mean())
+    nll = table["kept"].map(lambda kept: float(measured[kept]["nll_nats"].mean()))
+    table = table.assign(
+        nll_nats=nll, ppl_ratio=np.exp(nll - full), cosine=table["kept"].map(lambda k: measured[k]["cosine"].mean())
+    )
+    random, table = table[table["strategy"] == "random"], table[table["strategy"] != "random"]
+    rows = []
+    for row in table.to_dict("records"):
+        control = random.loc[random["k"] == row["k"], "nll_nats"]
+        p_value = fidelity.control_p_value(row["nll_nats"], control, higher_is_better=False)
+        rows.append({**row, "p_ppl": p_value, **_cost(row, searched, costs)})
+    for k, same in random.groupby("k"):
+        means = same[["nll_nats", "cosine"]].mean()
+        rows.append({"strategy": "random", "k": k, **means, "ppl_ratio": np.exp(means["nll_nats"] - full)})
+    frame = pd.DataFrame(rows).drop(columns="draw")
+    best = frame[frame["strategy"] != "random"].groupby("k")["nll_nats"].idxmin()
+    return frame.assign(chosen=frame.index.isin(best)).sort_values(["k", "nll_nats"], ignore_index=True)
+
+
+SOURCES = {"shortened_llama_ppl": "leave_one_out", "shortened_llama_taylor_plus": "weight_taylor"}
+
+
+def _cost(row: dict, searched: pd.DataFrame, costs: pd.DataFrame) -> dict[str, float]:
+    """What finding one selection cost."""
+    names = ["evaluations", "forward_tokens", "seconds"]
+    if row["strategy"] in set(searched["strategy"]):
+        same = searched[(searched["strategy"] == row["strategy"]) & (searched["k"] == row["k"])]
+        return same[names].iloc[0].to_dict()
+    if row["strategy"] in ("evenly_spaced", "first_and_last", "reported_list"):
+        return dict.fromkeys(names, 0)
+    by_scores = costs.set_index("scores")[names]
+    source = SOURCES.get(row["strategy"], row["score"])
+    return by_scores.loc[source if source in by_scores.index else "one pass"].to_dict()
+
+
+def with_searches(table: pd.DataFrame, searched: pd.DataFrame) -> pd.DataFrame:
+    """Rows of t2_selection with those of the searches."""
+    return pd.concat([table, searched[["strategy", "k", "kept"]]], ignore_index=True)
+
+
+def with_chosen(table: pd.DataFrame, strategies: pd.DataFrame) -> pd.DataFrame:
+    """t2_selection with the rows ``chosen``: what validation text says is best at each k."""
+    rows = strategies.loc[strategies["chosen"], ["k", "kept"]].assign(strategy="chosen")
+    return pd.concat([table, rows], ignore_index=True)
 
 
 def chosen(table: pd.DataFrame, strategy: str, score: str) -> dict[int, tuple[int, ...]]:
@@ -162,15 +323,21 @@ def measure(
     model: PreTrainedModel,
     full: fidelity.Reference,
     table: pd.DataFrame,
-    batch_size: int,
+    metrics: Sequence[str] = fidelity.METRICS,
     progress: Callable = iter,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Fidelity of every different selection of t2_selection, and of the full model: kept -> metric -> (N,)."""
-    everything = kept_text(range(model.config.get_text_config().num_hidden_layers))
-    names = dict.fromkeys([everything, *table["kept"]])
-    return {
-        kept: fidelity.compare(compact(model, kept_tuple(kept)), full, batch_size) for kept in progress(list(names))
-    }
+    """Fidelity of every different selection of t2_selection, and of the full model: kept -> metric -> (N,).
+
+    Selections that begin alike share the work, see :class:`paper_src.models.SubsetRunner`; the values are
+    those of the compacted models.
+    """
+    runner = SubsetRunner(model, full.blocks)
+    everything = tuple(range(runner.depth))
+    measured = {kept_text(everything): {}}  # first, as the reference of all
+    for batch in progress(list(runner.batches([everything, *map(kept_tuple, table["kept"])]))):
+        for kept, hidden in zip(batch, runner.last_hidden(batch), strict=True):
+            measured[kept_text(kept)] = fidelity.compare_states(model, full, hidden, metrics)
+    return measured
 
 
 def draws(measured: dict, table: pd.DataFrame) -> pd.DataFrame:
