@@ -17,6 +17,7 @@ from paper_src.tables import prefill_rows
 
 Read = Callable[[str], pd.DataFrame]
 GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
+CAUSAL = ("leave_one_out", "shapley")
 TEMPLATE = Path(__file__).with_name("summary.md.j2")
 
 
@@ -94,6 +95,9 @@ def facts(read: Read) -> dict[str, object]:
         "converged": _halves(read),
         "rounds": int(speed["rounds"].max()),
         "dtype": read("t3_size")["dtype"].iloc[0],
+        "causal": _causal(read),
+        "strategies": strategy_rows(read),
+        "controls": read("t8_controls").to_dict("records"),
     }
 
 
@@ -101,15 +105,85 @@ def main_rows(read: Read) -> list[dict[str, object]]:
     """Rows of the summary's main table: at every k, the recommended kind, Fisher, block influence, random."""
     fidelity = read("t4_fidelity")
     speed = prefill_rows(read("t3_speed"))
-    wanted = [("distributed", "combined"), ("top_k", "combined"), ("top_k", "fisher"), ("top_k", "block_influence"),
-              ("drop_block", None), ("random", None)]  # fmt: skip
+    wanted = [("chosen", None), ("distributed", "combined"), ("top_k", "combined"), ("top_k", "fisher"),
+              ("top_k", "leave_one_out"), ("top_k", "shapley"), ("random", None)]  # fmt: skip
     rows = []
     for k in sorted(speed.index):
         for strategy, score in wanted:
             same = fidelity[(fidelity["strategy"] == strategy) & (fidelity["k"] == k)]
             same = same[same["score"].isna() if score is None else same["score"] == score]
-            rows.append({**same.iloc[0].to_dict(), "k": k, "speedup": speed.loc[k, "speedup"]})
+            if len(same):
+                rows.append({**same.iloc[0].to_dict(), "k": k, "speedup": speed.loc[k, "speedup"]})
     return rows
+
+
+def strategy_rows(read: Read) -> list[dict[str, object]]:
+    """Rows of the summary's table of strategies: validation and test text side by side, and the cost."""
+    strategies, fidelity = read("t2_strategies"), read("t4_fidelity")
+    tested = fidelity.assign(score=fidelity["score"].fillna("")).set_index(["strategy", "score", "k"])["ppl_ratio"]
+    rows = []
+    for row in strategies.assign(score=strategies["score"].fillna("")).to_dict("records"):
+        by_score = f"{row['strategy']}, {row['score']}" if row["score"] else row["strategy"]
+        rows.append({**row, "name": by_score, "test": tested[row["strategy"], row["score"], row["k"]]})
+    return sorted(rows, key=lambda row: (-row["k"], row["nll_nats"]))
+
+
+def _causal(read: Read) -> dict[str, object]:
+    """What removing layers says of their worth, and how the cheap scores agree with it."""
+    importance, causal, agreement = read("t1_importance"), read("t1_causal"), read("t1_agreement")
+    coalitions, costs = read("t1_saturation"), read("t1_cost").set_index("scores")
+    rows = agreement.set_index(["score_a", "score_b"])
+    others = [name for name in dict.fromkeys(agreement["score_a"]) if name not in CAUSAL]
+    expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
+    best = {name: importance.nlargest(len(expected), name)["layer"].tolist() for name in CAUSAL}
+    return {
+        "best": best,
+        "overlap": {name: len(expected & set(layers)) for name, layers in best.items()},
+        "of": len(expected),
+        "harmless": int((importance["leave_one_out"] < 0.05).sum()),
+        "least": int(importance["leave_one_out"].idxmin()),
+        "relative_error": causal["shapley_se"].max() / causal["shapley"].abs().max(),
+        "uncapped_error": causal["shapley_uncapped_se"].max() / causal["shapley_uncapped"].abs().max(),
+        "coalitions": int(coalitions["n"].sum()),
+        "seconds": costs.loc["shapley", "seconds"],
+        "loo_seconds": costs.loc["leave_one_out", "seconds"],
+        "taus": [
+            {"score": name, **{causal: rows.loc[(name, causal)].to_dict() for causal in CAUSAL}} for name in others
+        ],
+        "agree": rows.loc[CAUSAL, "kendall_tau"],
+    }
+
+
+def _worth(read: Read) -> dict[str, float]:
+    causal = _causal(read)
+    fisher = next(row for row in causal["taus"] if row["score"] == "fisher")
+    loo, shapley = fisher["leave_one_out"], fisher["shapley"]
+    best = max(causal["taus"], key=lambda row: row["leave_one_out"]["kendall_tau"])
+    return {
+        "loo": loo["kendall_tau"], "loo_lo": loo["kendall_tau_lo"], "loo_hi": loo["kendall_tau_hi"],
+        "shapley": shapley["kendall_tau"], "shapley_lo": shapley["kendall_tau_lo"],
+        "shapley_hi": shapley["kendall_tau_hi"], "best": best["score"],
+        "best_tau": best["leave_one_out"]["kendall_tau"], "best_shapley": best["shapley"]["kendall_tau"],
+    }  # fmt: skip
+
+
+def _causal_pattern(read: Read) -> dict[str, float]:
+    causal = _causal(read)
+    return {"of": causal["of"], **causal["overlap"], "relative_error": causal["relative_error"],
+            "coalitions": causal["coalitions"]}  # fmt: skip
+
+
+def _recommended_or_chosen(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    chosen = fidelity[fidelity["strategy"] == "chosen"]
+    k = chosen["k"].min()
+    same = fidelity[(fidelity["k"] == k) & fidelity["ppl_ratio"].notna()]
+    own = same[(same["strategy"] == "distributed") & (same["score"] == "combined")].iloc[0]
+    best = same[same["strategy"] == "chosen"].iloc[0]
+    strategies = read("t2_strategies")
+    name = strategies[strategies["chosen"] & (strategies["k"] == k)].iloc[0]["strategy"]
+    return {"k": k, "own": own["ppl_ratio"], "chosen": best["ppl_ratio"], "name": name, "own_cosine": own["cosine"],
+            "chosen_cosine": best["cosine"], "chosen_kept": best["kept"].replace(" ", ", ")}  # fmt: skip
 
 
 def _halves(read: Read) -> dict[str, float]:
@@ -294,5 +368,40 @@ CLAIMS = (
         rule="lower perplexity in more than half of the pairs",
         expected=True,
         source="t4_fidelity (04_fidelity)",
+    ),
+    Claim(
+        name="fisher-says-what-layers-are-worth",
+        reported="Fisher information and gradient norm say which layers matter; SHAP was skipped.",
+        values=_worth,
+        ours="Kendall's tau of Fisher with the loss without each layer is {loo:.2f} [{loo_lo:.2f}, {loo_hi:.2f}], with "
+        "Shapley values {shapley:.2f} [{shapley_lo:.2f}, {shapley_hi:.2f}]; nearest to leave-one-out is {best} "
+        "({best_tau:.2f}, with Shapley {best_shapley:.2f}).",
+        holds=lambda v: min(v["loo_lo"], v["shapley_lo"]) > 0.5,
+        rule="both intervals above 0.5",
+        expected=None,
+        source="t1_agreement (01_importance)",
+    ),
+    Claim(
+        name="first-and-last-are-worth-most",
+        reported="The most important layers are the first nine and the last one, by scores without SHAP.",
+        values=_causal_pattern,
+        ours="Asked of the model itself: in that pattern are {leave_one_out} of the {of} layers whose removal costs "
+        "most and {shapley} of the {of} of highest Shapley value (standard error at most {relative_error:.1%} of the "
+        "largest, {coalitions:,} coalitions).",
+        holds=lambda v: min(v["leave_one_out"], v["shapley"]) >= 0.8 * v["of"],
+        rule="80% of the pattern by both",
+        expected=None,
+        source="t1_importance, t1_causal (01_importance)",
+    ),
+    Claim(
+        name="recommended-is-best",
+        reported="The distributed selection is the one to recommend.",
+        values=_recommended_or_chosen,
+        ours="k = {k}, test text: {own:,.0f} times the full model's perplexity, cosine {own_cosine:.2f}; layers "
+        "{chosen_kept}, chosen on validation text ({name}), {chosen:,.0f} times, cosine {chosen_cosine:.2f}.",
+        holds=lambda v: v["own"] <= v["chosen"],
+        rule="perplexity no higher than that of what validation text chooses",
+        expected=False,
+        source="t4_fidelity (04_fidelity), t2_strategies (02_selection)",
     ),
 )

@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn import functional
 
 from paper_src.models import decoder_layers
-from paper_src.scoring import SINK_RATIO, LayerScores, _squared_norms, combined_score, score_layers
+from paper_src.scoring import (
+    SINK_RATIO,
+    LayerScores,
+    _squared_norms,
+    combined_score,
+    score_layers,
+    weight_taylor,
+)
 
 
 def gradients_by_backward(model, blocks):
@@ -332,3 +339,34 @@ def test_combined_score_ignores_the_unit_and_stays_in_range():
 def test_combined_score_refuses_what_has_no_logarithm(value, refused):
     with refused("score 'a' has values <= 0"):
         combined_score({"a": torch.tensor([1.0, value])})
+
+
+# The Taylor score by weight
+
+
+def test_weight_taylor_equals_a_plain_backward_pass(full, make_blocks):
+    blocks = make_blocks(3, 10)
+    full.zero_grad()
+    found = weight_taylor(full, blocks)
+    logits = full(input_ids=blocks, use_cache=False).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).backward()
+    expected = [sum((p * p.grad).abs().sum().item() for p in layer.parameters()) for layer in decoder_layers(full)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_weight_taylor_leaves_gradients_and_flags_as_they_were(llama, make_blocks):
+    weight = llama.model.layers[0].mlp.up_proj.weight
+    weight.grad = torch.ones_like(weight)
+    llama.model.layers[1].requires_grad_(False)
+    weight_taylor(llama, make_blocks(2, 8))
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert llama.model.layers[2].mlp.up_proj.weight.grad is None
+    assert not llama.model.layers[1].mlp.up_proj.weight.requires_grad
+    assert llama.model.layers[2].mlp.up_proj.weight.requires_grad
+
+
+def test_a_score_measured_elsewhere_is_added_with_its_error():
+    scores = scores_of([[1, 2], [3, 4]])
+    scores.add("y", [[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
+    assert scores.mean("y").tolist() == [3, 5]
+    assert scores.standard_error("y").tolist() == pytest.approx([2 / 3**0.5, 0])
