@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
@@ -167,15 +168,17 @@ def time_requests(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(full.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     workload = timing.Workload("prefill_hidden", 1, tokens)
-    seconds: dict[str, list[float]] = {}
     models = {"full": full, "compact": compact}
+    forward = {
+        name: partial(timing.run_seconds, model, workload, ids.to(full.device)) for name, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {}
     with served(models) as port:
-        for _ in range(rounds + 1):
-            for name, model in models.items():
-                seconds.setdefault(name, []).append(timing.run_seconds(model, workload, ids.to(full.device)))
-                seconds.setdefault(f"request_{name}", []).append(request_seconds(port, name, ids[0].tolist()))
-            for name in ("request_a", "request_b"):
-                seconds.setdefault(name, []).append(request_seconds(port, "none", ids[0].tolist()))
+        behind = {"request_full": "full", "request_compact": "compact", "request_a": "none", "request_b": "none"}
+        work = forward | {name: partial(request_seconds, port, path, ids[0].tolist()) for name, path in behind.items()}
+        for index in range(rounds + 1):
+            for name in list(work)[:: -1 if index % 2 else 1]:  # each comes before and after the others
+                seconds.setdefault(name, []).append(work[name]())
     return {name: np.array(values[1:]) for name, values in seconds.items()}  # the first round warms up
 
 
