@@ -131,7 +131,7 @@ def strategy_rows(read: Read) -> list[dict[str, object]]:
 def _causal(read: Read) -> dict[str, object]:
     """What removing layers says of their worth, and how the cheap scores agree with it."""
     importance, causal, agreement = read("t1_importance"), read("t1_causal"), read("t1_agreement")
-    coalitions, costs = read("t1_saturation"), read("t1_cost").set_index("scores")
+    coalitions = read("t1_saturation")
     rows = agreement.set_index(["score_a", "score_b"])
     others = [name for name in dict.fromkeys(agreement["score_a"]) if name not in CAUSAL]
     expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
@@ -140,13 +140,12 @@ def _causal(read: Read) -> dict[str, object]:
         "best": best,
         "overlap": {name: len(expected & set(layers)) for name, layers in best.items()},
         "of": len(expected),
-        "harmless": int((importance["leave_one_out"] < 0.05).sum()),
+        "median": importance["leave_one_out"].median(),
         "least": int(importance["leave_one_out"].idxmin()),
+        "least_loss": importance["leave_one_out"].min(),
         "relative_error": causal["shapley_se"].max() / causal["shapley"].abs().max(),
         "uncapped_error": causal["shapley_uncapped_se"].max() / causal["shapley_uncapped"].abs().max(),
         "coalitions": int(coalitions["n"].sum()),
-        "seconds": costs.loc["shapley", "seconds"],
-        "loo_seconds": costs.loc["leave_one_out", "seconds"],
         "taus": [
             {"score": name, **{causal: rows.loc[(name, causal)].to_dict() for causal in CAUSAL}} for name in others
         ],

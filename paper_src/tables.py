@@ -97,7 +97,7 @@ def _redrawn(scores: LayerScores, draws: int, seed: int) -> dict[str, np.ndarray
 
 
 def _taus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(D,) Kendall's tau-b of each row of a (D, L) with that of b; scipy's takes one row at a time, 100 times slower."""
+    """(D,) Kendall's tau-b of each row of a (D, L) with that of b, all at once; a test holds it equal to scipy's."""
     first, second = np.triu_indices(a.shape[1], 1)
     orders = [np.sign(values[:, first] - values[:, second]) for values in (a, b)]  # (D, L (L - 1) / 2)
     untied = [np.square(order).sum(axis=1) for order in orders]
