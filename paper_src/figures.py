@@ -301,14 +301,16 @@ def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series)
         draws: t4_random, one row a random draw.
         speed_by_k: k -> measured prefill speedup.
     """
+    labels = {"random": "random draws", "chosen": "chosen on validation text", "drop_block": "angular block"}
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
         for axis, metric in zip(axes, ("cosine", "ppl_ratio"), strict=True):
             for place, (strategy, (colour, marker)) in enumerate(STRATEGIES.items()):
                 rows = draws if strategy == "random" else fidelity[fidelity["strategy"] == strategy]
                 x = rows["k"].map(speed_by_k) * (1 + 0.011 * (place - len(STRATEGIES) // 2))
-                axis.plot(x, rows[metric], ls="", marker=marker, ms=5, color=colour, mec="white", mew=0.4,
-                          label="random draws" if strategy == "random" else strategy.replace("_", " "))  # fmt: skip
+                size = 10 if strategy == "chosen" else 5
+                axis.plot(x, rows[metric], ls="", marker=marker, ms=size, color=colour, mec="white", mew=0.4,
+                          label=labels.get(strategy, strategy.replace("_", " ")))  # fmt: skip
             trivial = fidelity.loc[fidelity["strategy"] == "trivial", metric].item()
             axis.axhline(trivial, color="black", lw=1, ls="--", label="trivial predictor (a constant)")
             axis.set_xscale("log")
