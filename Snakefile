@@ -103,7 +103,7 @@ rule fidelity:
 
 rule controls:
     input:
-        sources("08_controls", "data", "controls", "compaction", "selection", *CAUSAL, "tables", "figures"),
+        sources("08_controls", "data", "controls", "compaction", "scoring", "selection", *CAUSAL, "tables", "figures"),
         tables("t1_importance", "t2_selection"),
     output:
         tables("t8_controls", "t8_random", "t8_scores", "t8_permuted", "t8_speed", "t8_text"),

@@ -13,11 +13,10 @@ from jinja2 import Environment, StrictUndefined
 
 from paper_src import reported
 from paper_src.report import kept_tuple
-from paper_src.tables import prefill_rows
+from paper_src.tables import CAUSAL, prefill_rows
 
 Read = Callable[[str], pd.DataFrame]
 GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
-CAUSAL = ("leave_one_out", "shapley")
 TEMPLATE = Path(__file__).with_name("summary.md.j2")
 
 
@@ -176,7 +175,7 @@ def _recommended_or_chosen(read: Read) -> dict[str, float]:
     fidelity = read("t4_fidelity")
     chosen = fidelity[fidelity["strategy"] == "chosen"]
     k = chosen["k"].min()
-    same = fidelity[(fidelity["k"] == k) & fidelity["ppl_ratio"].notna()]
+    same = fidelity[fidelity["k"] == k]
     own = same[(same["strategy"] == "distributed") & (same["score"] == "combined")].iloc[0]
     best = same[same["strategy"] == "chosen"].iloc[0]
     strategies = read("t2_strategies")

@@ -131,10 +131,7 @@ class Evaluator:
             for name, value in zip(self.metrics, values, strict=True):
                 if not math.isfinite(value):
                     raise InputError(f"{name} of kept layers {kept} is {value}: check the weights of these layers")
-            shared = next(
-                (n for n, pair in enumerate(zip(before, kept, strict=False)) if len({*pair}) > 1), len(before)
-            )
-            self._known[kept] = Evaluation(tuple(values), len(kept) - shared, seconds)
+            self._known[kept] = Evaluation(tuple(values), len(kept) - _shared(before, kept), seconds)
 
 
 def on_each(

@@ -4,6 +4,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
@@ -342,59 +343,70 @@ def controls(
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 7))
-        axis = axes[0, 0]
-        axis.hist(np.log10(drawn["ppl_ratio"]), bins=20, color="#b5b5b5", label=f"{len(drawn)} made-up scores")
-        tops, unit = scores.sort_values("ppl_ratio"), axis.get_ylim()[1] / 20
-        for index, row in enumerate(tops.itertuples()):
-            axis.plot(np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index), "o", ms=3.5, color=BLUE)
-            label = f"{TITLES.get(row.score, row.score.replace('_', ' '))} (p = {row.p_ppl:.2f})"
-            axis.annotate(label, (np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index)), textcoords="offset points",
-                          xytext=(5, -2), size=5.5)  # fmt: skip
-        axis.margins(x=0.05)
-        axis.set_xlim(right=axis.get_xlim()[1] + 0.45 * np.diff(axis.get_xlim()).item())  # room for the names
-        axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
-        axis.set_xlabel("log10 of perplexity / full model's")
-        axis.set_ylabel("draws")
-        axis.set_title("Scores from np.random.normal, and real ones (dots)")
-        axis.legend(loc="upper right")
-
-        axis = axes[0, 1]
-        ways = list(dict.fromkeys(moved["chosen_by"]))
-        for shift, (order, part), colour in zip((-0.2, 0.2), moved.groupby("model"), (BLUE, ORANGE), strict=True):
-            height = part.set_index("chosen_by").loc[ways, "ppl_ratio"]
-            axis.bar(np.arange(len(ways)) + shift, height, width=0.4, color=colour, label=f"{order} model")
-            for place, kept in enumerate(part.set_index("chosen_by").loc[ways, "working_kept"]):
-                axis.annotate(f"{kept} kept", (place + shift, height.iloc[place]), ha="center", va="bottom", size=7)
-        axis.set_xticks(range(len(ways)), [way.replace("_", " ") for way in ways])
-        axis.set_yscale("log")
-        axis.set_ylabel("perplexity / full model's")
-        axis.set_title("The same layers in other places (working layers kept)")
-        axis.legend()
-
-        axis = axes[1, 0]
-        error = [speed["speedup"] - speed["speedup_lo"], speed["speedup_hi"] - speed["speedup"]]
-        colours = [BLUE, RED, BLUE, RED, RED]
-        axis.barh(speed["timed"].str.replace("_", " "), speed["speedup"], xerr=error, color=colours)
-        axis.axvline(1, color="black", lw=1)
-        axis.invert_yaxis()
-        axis.set_xlabel("speedup found (blue: right practice)")
-        axis.set_title(f"Masks, and requests over HTTP (k = {speed['k'].iloc[0]})")
-
-        axis = axes[1, 1]
-        models = text[text["kl_nats"].notna()]
-        axis.plot(models["kl_nats"], models["text_similarity"], "o", color=BLUE)
-        for row in models.itertuples():
-            axis.annotate(
-                row.model, (row.kl_nats, row.text_similarity), textcoords="offset points", xytext=(4, 3), size=7
-            )
-        unrelated = text.loc[text["kl_nats"].isna(), "text_similarity"].item()
-        axis.axhline(unrelated, color=GREY, ls="--", lw=1, label="texts of different prompts")
-        axis.set_xscale("symlog", linthresh=0.1)
-        axis.set_xlabel("KL(full || model), nats/token")
-        axis.set_ylabel("similarity to the full model's text")
-        axis.set_title("Text similarity against KL")
-        axis.set_ylim(0, 1.08)
-        axis.margins(x=0.18)
-        axis.legend(loc="lower left")
+        _made_up(axes[0, 0], drawn, scores)
+        _moved(axes[0, 1], moved)
+        _timed(axes[1, 0], speed)
+        _texts(axes[1, 1], text)
     plt.close(figure)
     return figure
+
+
+def _made_up(axis: Axes, drawn: pd.DataFrame, scores: pd.DataFrame) -> None:
+    """Outcomes of made-up scores, and below them those of real ones."""
+    axis.hist(np.log10(drawn["ppl_ratio"]), bins=20, color="#b5b5b5", label=f"{len(drawn)} made-up scores")
+    tops, unit = scores.sort_values("ppl_ratio"), axis.get_ylim()[1] / 20
+    for index, row in enumerate(tops.itertuples()):
+        axis.plot(np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index), "o", ms=3.5, color=BLUE)
+        label = f"{TITLES.get(row.score, row.score.replace('_', ' '))} (p = {row.p_ppl:.2f})"
+        axis.annotate(label, (np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index)), textcoords="offset points",
+                      xytext=(5, -2), size=5.5)  # fmt: skip
+    axis.margins(x=0.05)
+    axis.set_xlim(right=axis.get_xlim()[1] + 0.45 * np.diff(axis.get_xlim()).item())  # room for the names
+    axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
+    axis.set_xlabel("log10 of perplexity / full model's")
+    axis.set_ylabel("draws")
+    axis.set_title("Scores from np.random.normal, and real ones (dots)")
+    axis.legend(loc="upper right")
+
+
+def _moved(axis: Axes, moved: pd.DataFrame) -> None:
+    """What each way of choosing keeps of two models with the same layers in other places."""
+    ways = list(dict.fromkeys(moved["chosen_by"]))
+    for shift, (order, part), colour in zip((-0.2, 0.2), moved.groupby("model"), (BLUE, ORANGE), strict=True):
+        height = part.set_index("chosen_by").loc[ways, "ppl_ratio"]
+        axis.bar(np.arange(len(ways)) + shift, height, width=0.4, color=colour, label=f"{order} model")
+        for place, kept in enumerate(part.set_index("chosen_by").loc[ways, "working_kept"]):
+            axis.annotate(f"{kept} kept", (place + shift, height.iloc[place]), ha="center", va="bottom", size=7)
+    axis.set_xticks(range(len(ways)), [way.replace("_", " ") for way in ways])
+    axis.set_yscale("log")
+    axis.set_ylabel("perplexity / full model's")
+    axis.set_title("The same layers in other places (working layers kept)")
+    axis.legend()
+
+
+def _timed(axis: Axes, speed: pd.DataFrame) -> None:
+    """The speedup that each way of timing finds."""
+    error = [speed["speedup"] - speed["speedup_lo"], speed["speedup_hi"] - speed["speedup"]]
+    colours = [BLUE, RED, BLUE, RED, RED]
+    axis.barh(speed["timed"].str.replace("_", " "), speed["speedup"], xerr=error, color=colours)
+    axis.axvline(1, color="black", lw=1)
+    axis.invert_yaxis()
+    axis.set_xlabel("speedup found (blue: right practice)")
+    axis.set_title(f"Masks, and requests over HTTP (k = {speed['k'].iloc[0]})")
+
+
+def _texts(axis: Axes, text: pd.DataFrame) -> None:
+    """Text similarity against KL."""
+    models = text[text["kl_nats"].notna()]
+    axis.plot(models["kl_nats"], models["text_similarity"], "o", color=BLUE)
+    for row in models.itertuples():
+        axis.annotate(row.model, (row.kl_nats, row.text_similarity), textcoords="offset points", xytext=(4, 3), size=7)
+    unrelated = text.loc[text["kl_nats"].isna(), "text_similarity"].item()
+    axis.axhline(unrelated, color=GREY, ls="--", lw=1, label="texts of different prompts")
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_xlabel("KL(full || model), nats/token")
+    axis.set_ylabel("similarity to the full model's text")
+    axis.set_title("Text similarity against KL")
+    axis.set_ylim(0, 1.08)
+    axis.margins(x=0.18)
+    axis.legend(loc="lower left")

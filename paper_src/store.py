@@ -49,8 +49,9 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path} ({error.strerror}): choose another folder") from error
+        except (OSError, sqlite3.OperationalError) as error:  # no folder, no right to write, in use elsewhere
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot write {self.path} ({reason}): choose another folder") from error
         except sqlite3.DatabaseError as error:
             warnings.warn(f"{self.path} is damaged ({error}): its evaluations are computed anew", stacklevel=2)
             self.path.unlink()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sqlite3
 
 import numpy as np
 import pytest
@@ -196,6 +197,23 @@ class TestStore:
         (tmp_path / "file").write_text("")
         with refused("cannot write .*choose another folder"):
             Store(tmp_path / "file" / "store.sqlite", llama)
+
+    def test_what_cannot_be_opened_is_refused_and_not_removed(self, llama, tmp_path, refused):
+        with refused("cannot write .*unable to open"):
+            Store(tmp_path, llama)
+        assert tmp_path.is_dir()
+
+    def test_a_file_in_use_elsewhere_is_refused_and_not_removed(self, llama, tmp_path, refused, monkeypatch):
+        path = tmp_path / "store.sqlite"
+        other = sqlite3.connect(path)
+        other.execute("CREATE TABLE mine (x)")
+        other.execute("BEGIN EXCLUSIVE")
+        connect = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, timeout=0, **kwargs))
+        with refused("cannot write .*locked"):
+            Store(path, llama)
+        other.rollback()
+        assert other.execute("SELECT name FROM sqlite_master").fetchone() == ("mine",)
 
 
 class TestLeaveOneOut:
