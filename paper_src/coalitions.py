@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
-from paper_src.models import SubsetRunner
+from paper_src.layers import SubsetRunner
 from paper_src.store import Evaluation, KeptLayers, Store, View
 
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")
@@ -50,7 +50,7 @@ class Evaluator:
     """``evaluator(kept)`` is a metric of the model with only the layers ``kept``, on a fixed batch of text.
 
     Equal to the metric of the compacted model. Subsets that are asked for together share the work of their
-    common first layers (:class:`paper_src.models.SubsetRunner`), and each is evaluated once.
+    common first layers (:class:`paper_src.layers.SubsetRunner`), and each is evaluated once.
 
     Args:
         model: the full model; it is not changed.
@@ -75,16 +75,15 @@ class Evaluator:
         memory_bytes: int = 2**28,
         store: Store | None = None,
     ):
-        if "cosine_centred" in metrics and mean is None:
-            raise InputError("metric 'cosine_centred' needs the mean state: see fidelity.mean_state")
-        mean = torch.zeros(model.config.get_text_config().hidden_size) if mean is None else mean
         self.metrics = tuple(metrics)
         self._runner = SubsetRunner(model, blocks, memory_bytes)
         self.depth = self._runner.depth
         self.tokens = blocks.numel()
         self._model = model
         self._full = fidelity.reference(model, blocks, mean, len(blocks), metrics, scored)
-        self._known: View | dict[KeptLayers, Evaluation] = store.view([blocks, mean], metrics, scored) if store else {}
+        self._known: View | dict[KeptLayers, Evaluation] = {}
+        if store:
+            self._known = store.view([blocks, self._full.mean_state], metrics, scored)
         self._logs: list[set[KeptLayers]] = []
 
     def __call__(self, kept: Sequence[int]) -> float:

@@ -68,6 +68,7 @@ def save(
     kept: Sequence[int],
     depth: int,
     note: str = "",
+    trained: bool = False,
 ) -> Path:
     """Write ``model`` as a standard checkpoint (safetensors, configuration, tokenizer, model card).
 
@@ -82,6 +83,7 @@ def save(
         kept: the kept layers, of ``depth``, for the card.
         depth: number of layers L of the full model.
         note: how the layers were chosen, for the card.
+        trained: whether the kept layers were changed afterwards, for the card.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def save(
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        (part / "README.md").write_text(_card(model, source, kept, depth, note), encoding="utf-8")
+        (part / "README.md").write_text(_card(model, source, kept, depth, note, trained), encoding="utf-8")
         old = Path(scratch) / "old"
         if folder.exists():
             os.replace(folder, old)
@@ -144,16 +146,17 @@ def _traits(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
                 yield f"{name}.{key}", value
 
 
-def _card(model: PreTrainedModel, source: str, kept: Sequence[int], depth: int, note: str) -> str:
+def _card(model: PreTrainedModel, source: str, kept: Sequence[int], depth: int, note: str, trained: bool) -> str:
     removed = sorted(set(range(depth)) - set(kept))
     dtype = str(model.dtype).removeprefix("torch.")
+    state = "repaired against the full model" if trained else "unchanged and nothing was trained"
     return f"""---
 library_name: transformers
 tags: [layer-removal]
 ---
 # {len(kept)} of {depth} layers of {source}
 
-Whole layers were cut out of {source}; the others are unchanged and nothing was trained.
+Whole layers were cut out of {source}; the others are {state}.
 
 - kept layers (0-based): {list(kept)}
 - removed layers: {removed}

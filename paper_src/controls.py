@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from paper_src import InputError, fidelity, timing
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.compaction import compact
-from paper_src.models import StandIn, decoder_layers, last_hidden, locate_layers, with_module
+from paper_src.layers import StandIn, with_module
+from paper_src.models import decoder_layers, last_hidden, locate_layers
 from paper_src.report import kept_text
 from paper_src.scoring import score_layers
 from paper_src.selection import KeptLayers, top_k

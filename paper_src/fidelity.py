@@ -26,7 +26,7 @@ class Reference:
     Attributes:
         blocks: (N, T) token ids.
         hidden: (N, T, d) last hidden states after the final norm.
-        mean_state: (d,) float32, mean last hidden state on calibration text.
+        mean_state: (d,) mean last hidden state on calibration text; zeros where nothing asks for it.
         probabilities: (N, T, V) float32 next-token distribution p: 4 * N * T * V bytes, the largest part.
         negative_entropy: (N, T) sum of p log p, nats.
         top1: (N, T) most probable token.
@@ -51,7 +51,7 @@ def mean_state(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> T
 def reference(
     model: PreTrainedModel,
     blocks: Tensor,
-    mean: Tensor,
+    mean: Tensor | None = None,
     batch_size: int = 8,
     metrics: Collection[str] = METRICS,
     scored: int | None = None,
@@ -61,7 +61,7 @@ def reference(
     Args:
         model: the full model.
         blocks: token ids.
-        mean: from :func:`mean_state`.
+        mean: from :func:`mean_state` on calibration text; only ``cosine_centred`` and the trivial predictor need it.
         batch_size: blocks a step.
         metrics: what is to be compared.
         scored: only the last ``scored`` tokens of each block; those before them are context.
@@ -70,9 +70,12 @@ def reference(
         raise InputError(f"blocks of {blocks.shape[1]} tokens, {scored} scored: give at least 2 to predict the next")
     if unknown := sorted(set(metrics) - {*METRICS, CAPPED}):
         raise InputError(f"metric {unknown[0]!r}: use one of {(*METRICS, CAPPED)}")
+    if "cosine_centred" in metrics and mean is None:
+        raise InputError("metric 'cosine_centred' needs the mean state: see fidelity.mean_state")
     tail = slice(-(scored or blocks.shape[1]), None)
     hidden = torch.cat([last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)])
-    full = Reference(blocks[:, tail].to(model.device), hidden, mean.to(model.device))
+    mean = hidden.new_zeros(hidden.shape[-1]) if mean is None else mean.to(model.device)
+    full = Reference(blocks[:, tail].to(model.device), hidden, mean)
     if {"kl_nats", "top1_agreement"}.isdisjoint(metrics):
         return full
     full.probabilities = torch.cat([logits_of(model, state[None]).float().softmax(-1) for state in hidden])
@@ -84,7 +87,9 @@ def reference(
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, full: Reference, batch_size: int = 8) -> dict[str, np.ndarray]:
+def compare(
+    model: PreTrainedModel, full: Reference, batch_size: int = 8, metrics: Collection[str] = METRICS
+) -> dict[str, np.ndarray]:
     """Fidelity of ``model`` to the full one: name -> (N,) float64, one value a block.
 
     With h, h' the last hidden states after the final norm and p, p' the next-token distributions:
@@ -98,7 +103,7 @@ def compare(model: PreTrainedModel, full: Reference, batch_size: int = 8) -> dic
       perplexity.
     """
     hidden = [last_hidden(model, batch) for batch in full.blocks.split(batch_size)]
-    return compare_states(model, full, torch.cat(hidden))
+    return compare_states(model, full, torch.cat(hidden), metrics)
 
 
 @torch.no_grad()

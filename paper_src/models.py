@@ -1,14 +1,11 @@
 """Load a language model and find its decoder layers, by structure and not by family name.
 
-This is the only module that knows how Transformers models are put together. Everything else asks
-it for three things: the list of layers, the last hidden state, and the logits of a hidden state.
+With :mod:`paper_src.layers` this is all that knows how Transformers models are put together. Everything else
+asks for three things: the list of layers, the last hidden state, and the logits of a hidden state.
 """
 
 import copy
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,6 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from paper_src import InputError
@@ -30,7 +28,6 @@ PINNED = {
     ),
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-STACKED_TOKENS = 4096  # tokens of different subsets that go through a layer at once
 
 
 @dataclass
@@ -190,6 +187,34 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return locate_layers(model)[1]
 
 
+def mlp_writer(layer: nn.Module) -> nn.Module:
+    """The last linear map of a layer's last part, which is its MLP: what it gives is added to the layer's state.
+
+    Raises:
+        InputError: the layer holds no plain linear map.
+    """
+    parts = [[m for m in part.modules() if isinstance(m, nn.Linear | Conv1D)] for part in layer.children()]
+    if not any(parts):
+        raise InputError(f"{type(layer).__name__} holds no plain linear map: it cannot be refitted")
+    return [linear for linear in parts if linear][-1][-1]
+
+
+def in_by_out(linear: nn.Module) -> Tensor:
+    """(F, d) weight of a linear map x -> x W of F features."""
+    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
+
+
+def add_to_weight_(linear: nn.Module, change: Tensor) -> Tensor:
+    """Give ``linear`` a new weight, ``change`` (F, d) more than the old; returns the change as rounded to its dtype.
+
+    The old tensor is left alone: another model may share it.
+    """
+    old = in_by_out(linear).detach()
+    new = (old.double() + change).to(old.dtype)
+    linear.weight = nn.Parameter((new if isinstance(linear, Conv1D) else new.T).contiguous())
+    return new.float() - old.float()
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; tied ones are counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -231,133 +256,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     scales and whatever else a family adds are its own code. The caller's model is not touched.
     """
     head = copy.copy(model)
+    head.__dict__.pop("forward", None)  # accelerate binds one to the instance, which a copy would share
     head._modules = {**model._modules, model.base_model_prefix: _Fixed(hidden)}
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     return head(input_ids=ids, use_cache=False).logits
-
-
-class SubsetRunner:
-    """Last hidden states of a model with any subsets of its layers, on a fixed batch of text.
-
-    Subsets that begin with the same kept layers share the work up to there, and states that go through
-    the same layer go through it together. Every layer is called by the model's own code with the masks
-    and positions of its own place, so that the states are those of the compacted models.
-
-    Args:
-        model: the full model; it is not changed.
-        blocks: (N, T) token ids.
-        memory_bytes: bound on the states held at a time; one takes N T d numbers.
-
-    Attributes:
-        depth: number of layers L.
-    """
-
-    def __init__(self, model: PreTrainedModel, blocks: Tensor, memory_bytes: int = 2**28):
-        path, layers = locate_layers(model)
-        self.depth = len(layers)
-        self._blocks = blocks.to(model.device)
-        self._switches = [_Switch(layer) for layer in layers]
-        self._model = with_module(model, path, nn.ModuleList(self._switches))
-        self._run(
-            self._blocks[:1], lambda index, layer, hidden: layer(hidden)
-        )  # each switch sees what its layer returns
-        seen = {}
-        self._run(self._blocks, lambda index, layer, hidden: seen.setdefault(index, hidden))
-        self._first = seen[0]  # (N, T, d) states before the first layer
-        self._at_once = max(1, memory_bytes // self._first.nbytes)
-
-    @torch.no_grad()
-    def _run(self, blocks: Tensor, job: Callable[[int, Callable, Tensor], Tensor]) -> Tensor:
-        for index, switch in enumerate(self._switches):
-            switch.job = functools.partial(job, index)
-        return last_hidden(self._model, blocks)
-
-    def batches(self, subsets: Iterable[Sequence[int]]) -> Iterator[list[tuple[int, ...]]]:
-        """The different subsets in the order that shares most work, as many at a time as the memory bound allows.
-
-        Raises:
-            InputError: a subset that is not increasing, or names no layer.
-        """
-        checked = sorted({self.checked(kept) for kept in subsets})
-        for start in range(0, len(checked), self._at_once):
-            yield checked[start : start + self._at_once]
-
-    def checked(self, kept: Sequence[int]) -> tuple[int, ...]:
-        """``kept`` as a tuple of layer indices."""
-        kept = tuple(int(index) for index in kept)
-        if any(a >= b for a, b in pairwise(kept)) or not set(kept) <= set(range(self.depth)):
-            raise InputError(f"kept layers {kept}: give increasing indices in 0 to {self.depth - 1}")
-        return kept
-
-    def last_hidden(self, subsets: Sequence[tuple[int, ...]]) -> Tensor:
-        """(S, N, T, d) states after the final norm with only the layers of each of S subsets; none is allowed."""
-        held = {(): self._first}  # states after each prefix of kept layers that is still needed
-        last_use = {kept: self.depth for kept in subsets}
-        for kept in subsets:
-            for n, layer in enumerate(kept):
-                last_use[kept[:n]] = max(last_use.get(kept[:n], -1), layer)
-
-        def job(index: int, layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-            nodes = [prefix for prefix in held if (*prefix, index) in last_use]
-            for start in range(0, len(nodes), step := max(1, STACKED_TOKENS // self._blocks.numel())):
-                part = nodes[start : start + step]
-                states = layer(torch.cat([held[prefix] for prefix in part]))
-                held.update(zip([(*prefix, index) for prefix in part], states.chunk(len(part)), strict=True))
-            for prefix in [prefix for prefix in held if last_use[prefix] <= index]:
-                del held[prefix]
-            return torch.cat([held[kept] for kept in subsets]) if index == self.depth - 1 else hidden
-
-        # one block is enough to make masks and positions, which all blocks share
-        return self._run(self._blocks[:1], job).unflatten(0, (len(subsets), -1))
-
-
-def with_module(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """A shallow copy of ``module`` with the submodule at the dotted ``path`` replaced; everything else is shared."""
-    name, _, rest = path.partition(".")
-    part = copy.copy(module)
-    inner = with_module(module.get_submodule(name), rest, new) if rest else new
-    part._modules = {**module._modules, name: inner}
-    return part
-
-
-class StandIn(nn.Module):
-    """Stands for one layer in a shallow copy of a model, and has that layer's other attributes."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)  # the model's code may ask for attention_type
-
-
-class _Switch(StandIn):
-    """Answers what its ``job`` makes of the layer (a function of states) and of its input."""
-
-    job: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-
-    def __init__(self, layer: nn.Module):
-        super().__init__(layer)
-        self._rest: tuple | None = None  # what the layer returns beside its states, where it returns a tuple
-        self._stacks = True  # it takes more sequences than its masks were made for
-
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
-        def layer(states: Tensor) -> Tensor:
-            if self._stacks:
-                try:
-                    return self._states(self.layer(states, *args, **kwargs))
-                except RuntimeError:
-                    self._stacks = False  # masks with an entry for each sequence
-            return torch.cat([self._states(self.layer(state[None], *args, **kwargs)) for state in states])
-
-        state = self.job(layer, hidden)
-        return state if self._rest is None else (state, *self._rest)
-
-    def _states(self, output: Tensor | tuple) -> Tensor:
-        if isinstance(output, tuple):
-            self._rest = output[1:]
-            return output[0]
-        return output

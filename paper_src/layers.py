@@ -1,0 +1,187 @@
+"""Run a model's layers one by one, or any subset of them, by the model's own code.
+
+Every layer is called with the masks and positions of its own place, whatever family the model is of.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from paper_src import InputError
+from paper_src.models import last_hidden, locate_layers
+
+STACKED_TOKENS = 4096  # tokens of different subsets that go through a layer at once
+Layer = Callable[[Tensor], Tensor]
+
+
+class LayerRunner:
+    """Runs stretches of a model's layers on states that are known.
+
+    Args:
+        model: it is not changed.
+
+    Attributes:
+        depth: number of layers L.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        path, layers = locate_layers(model)
+        self.depth = len(layers)
+        self._switches = [_Switch(layer) for layer in layers]
+        self._model = with_module(model, path, nn.ModuleList(self._switches))
+        # each switch sees what its layer returns
+        self.drive(torch.zeros(1, 2, dtype=torch.long), lambda index, layer, hidden: layer(hidden))
+
+    @torch.no_grad()
+    def drive(self, blocks: Tensor, job: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
+        """Last hidden states of ``blocks`` (N, T) where each layer does ``job(index, layer, states)`` instead."""
+        for index, switch in enumerate(self._switches):
+            switch.job = functools.partial(job, index)
+        return last_hidden(self._model, blocks)
+
+    def embedded(self, blocks: Tensor) -> Tensor:
+        """(N, T, d) states before the first layer."""
+        seen = {}
+        self.drive(blocks, lambda index, layer, hidden: seen.setdefault(index, hidden))
+        return seen[0]
+
+    def run(self, blocks: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """(N, T, d) states after the layers [start, stop) of states ``hidden`` before them, not normalized.
+
+        Args:
+            blocks: (N, T) token ids, for masks and positions.
+            hidden: (N, T, d) states before layer ``start``.
+            start: first layer.
+            stop: the layer after the last one.
+        """
+        states = hidden
+
+        def job(index: int, layer: Layer, passing: Tensor) -> Tensor:
+            nonlocal states
+            if start <= index < stop:
+                states = layer(states)
+            return passing
+
+        self.drive(blocks, job)
+        return states
+
+
+class SubsetRunner:
+    """Last hidden states of a model with any subsets of its layers, on a fixed batch of text.
+
+    Subsets that begin with the same kept layers share the work up to there, and states that go through
+    the same layer go through it together. Every layer is called by the model's own code with the masks
+    and positions of its own place, so that the states are those of the compacted models.
+
+    Args:
+        model: the full model; it is not changed.
+        blocks: (N, T) token ids.
+        memory_bytes: bound on the states held at a time; one takes N T d numbers.
+
+    Attributes:
+        depth: number of layers L.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Tensor, memory_bytes: int = 2**28):
+        self._layers = LayerRunner(model)
+        self.depth = self._layers.depth
+        self._blocks = blocks.to(model.device)
+        self._first = self._layers.embedded(self._blocks)  # (N, T, d)
+        self._at_once = max(1, memory_bytes // self._first.nbytes)
+
+    def batches(self, subsets: Iterable[Sequence[int]]) -> Iterator[list[tuple[int, ...]]]:
+        """The different subsets in the order that shares most work, as many at a time as the memory bound allows.
+
+        Raises:
+            InputError: a subset that is not increasing, or names no layer.
+        """
+        checked = sorted({self.checked(kept) for kept in subsets})
+        for start in range(0, len(checked), self._at_once):
+            yield checked[start : start + self._at_once]
+
+    def checked(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """``kept`` as a tuple of layer indices."""
+        kept = tuple(int(index) for index in kept)
+        if any(a >= b for a, b in pairwise(kept)) or not set(kept) <= set(range(self.depth)):
+            raise InputError(f"kept layers {kept}: give increasing indices in 0 to {self.depth - 1}")
+        return kept
+
+    def last_hidden(self, subsets: Sequence[tuple[int, ...]]) -> Tensor:
+        """(S, N, T, d) states after the final norm with only the layers of each of S subsets; none is allowed."""
+        held = {(): self._first}  # states after each prefix of kept layers that is still needed
+        last_use = {kept: self.depth for kept in subsets}
+        for kept in subsets:
+            for n, layer in enumerate(kept):
+                last_use[kept[:n]] = max(last_use.get(kept[:n], -1), layer)
+
+        def job(index: int, layer: Layer, hidden: Tensor) -> Tensor:
+            nodes = [prefix for prefix in held if (*prefix, index) in last_use]
+            for start in range(0, len(nodes), step := max(1, STACKED_TOKENS // self._blocks.numel())):
+                part = nodes[start : start + step]
+                states = layer(torch.cat([held[prefix] for prefix in part]))
+                held.update(zip([(*prefix, index) for prefix in part], states.chunk(len(part)), strict=True))
+            for prefix in [prefix for prefix in held if last_use[prefix] <= index]:
+                del held[prefix]
+            return torch.cat([held[kept] for kept in subsets]) if index == self.depth - 1 else hidden
+
+        # one block is enough to make masks and positions, which all blocks share
+        return self._layers.drive(self._blocks[:1], job).unflatten(0, (len(subsets), -1))
+
+
+def with_module(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """A shallow copy of ``module`` with the submodule at the dotted ``path`` replaced; everything else is shared."""
+    name, _, rest = path.partition(".")
+    part = copy.copy(module)
+    inner = with_module(module.get_submodule(name), rest, new) if rest else new
+    part._modules = {**module._modules, name: inner}
+    return part
+
+
+class StandIn(nn.Module):
+    """Stands for one layer in a shallow copy of a model, and has that layer's other attributes."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)  # the model's code may ask for attention_type
+
+
+class _Switch(StandIn):
+    """Answers what its ``job`` makes of the layer (a function of states) and of its input."""
+
+    job: Callable[[Layer, Tensor], Tensor]
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self._rest: tuple | None = None  # what the layer returns beside its states, where it returns a tuple
+        self._stacks = True  # it takes more sequences than its masks were made for
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
+        def layer(states: Tensor) -> Tensor:
+            if self._stacks:
+                try:
+                    return self._states(self.layer(states, *args, **kwargs))
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:
+                    self._stacks = False  # masks with an entry for each sequence
+            return torch.cat([self._states(self.layer(state[None], *args, **kwargs)) for state in states])
+
+        state = self.job(layer, hidden)
+        return state if self._rest is None else (state, *self._rest)
+
+    def _states(self, output: Tensor | tuple) -> Tensor:
+        if isinstance(output, tuple):
+            self._rest = output[1:]
+            return output[0]
+        return output
