@@ -1,6 +1,7 @@
 """Token blocks for calibration, validation and test, from splits that never overlap."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,14 +24,29 @@ _DIGESTS = {
 WIKITEXT2 = {
     split: Asset(member=f"{_FOLDER}/{split}.raw.gz", sha256=digest, **_WHEEL) for split, digest in _DIGESTS.items()
 }
+_CALIBRATION = {
+    "package": "exllamav2==0.3.2",
+    "wheel_sha256": "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
+}
+DOMAINS = {
+    name: Asset(member=f"exllamav2/conversion/standard_cal_data/{name}.utf8", sha256=digest, **_CALIBRATION)
+    for name, digest in {
+        "c4": "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
+        "code": "23f989c24baf6529e89343c51439a18ea831db5afcaf2635a0a16b2990fc5221",
+        "technical": "9c760a3e4917fa6a9851753a5bc7f0187a28590c28587aa23eed81a36a18ccfc",
+        "multilingual": "609be9ea4ee44cfb92a29d9579e4d744383652ebc1dacd7dc370a1db4aaf3459",
+    }.items()
+}
+PIECES = {"train": range(6), "valid": range(6, 8), "test": range(8, 10)}  # of each ten pieces of a domain's text
 
 
 def load_text(name: str, split: str) -> tuple[str, str]:
     """The text of one split and the SHA-256 of its file.
 
     Args:
-        name: ``wikitext-2`` (raw form, from a pinned registry package), or a folder that holds
-            ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
+        name: ``wikitext-2`` (raw form), a domain (``c4``, ``code``, ``technical``, ``multilingual``: one file each,
+            whose splits are every so many of 50 pieces), both from pinned registry packages; or a folder that
+            holds ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
         split: ``train`` (calibration), ``valid`` or ``test``.
     """
     if split not in WIKITEXT2:
@@ -39,13 +55,33 @@ def load_text(name: str, split: str) -> tuple[str, str]:
         path = fetch(WIKITEXT2[split])
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return file.read(), sha256(path)
+    if name in DOMAINS:
+        path = fetch(DOMAINS[name])
+        return _pieces(path.read_text(encoding="utf-8"), PIECES[split]), sha256(path)
     path = Path(name).expanduser() / f"{split}.txt"
     if not path.is_file():
-        raise InputError(f"no text {path}: give 'wikitext-2' or a folder with train.txt, valid.txt, test.txt")
+        raise InputError(
+            f"no text {path}: give wikitext-2, {', '.join(DOMAINS)}, or a folder with train.txt, valid.txt, test.txt"
+        )
     try:
         return path.read_text(encoding="utf-8"), sha256(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error
+
+
+def _pieces(text: str, wanted: range, count: int = 50) -> str:
+    """The pieces of ``text``, cut into ``count``, whose number modulo 10 is ``wanted``."""
+    size = -(-len(text) // count)
+    return "\n".join(text[index * size : (index + 1) * size] for index in range(count) if index % 10 in wanted)
+
+
+def mixed_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
+) -> Tensor:
+    """Token ids (count, length): :func:`token_blocks` of each of ``texts`` in equal shares, in turn."""
+    shares = [len(range(index, count, len(texts))) for index in range(len(texts))]
+    parts = [token_blocks(tokenizer, text, n, length, seed) for text, n in zip(texts, shares, strict=True) if n]
+    return torch.stack([parts[index % len(texts)][index // len(texts)] for index in range(count)])
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:

@@ -100,3 +100,19 @@ def test_text_in_another_encoding_is_refused(tmp_path, refused):
     (tmp_path / "test.txt").write_bytes("größe".encode("latin-1"))
     with refused("UTF-8"):
         load_text(str(tmp_path), "test")
+
+
+def test_splits_of_a_domain_share_no_piece_and_lose_none():
+    text = "".join(chr(0x4E00 + index) for index in range(1003))
+    parts = {split: data._pieces(text, pieces) for split, pieces in data.PIECES.items()}
+    letters = {split: set(part) - {"\n"} for split, part in parts.items()}
+    assert set.union(*letters.values()) == set(text)
+    assert sum(len(part) for part in letters.values()) == len(text)
+    assert len(letters["train"]) == pytest.approx(0.6 * len(text), abs=30)
+
+
+def test_mixed_blocks_take_texts_in_turn(tokenizer):
+    found = data.mixed_blocks(tokenizer, ["a " * 200, "b " * 200], 5, 8, seed=0)
+    assert [("a" in tokenizer.decode(block), "b" in tokenizer.decode(block)) for block in found] == [
+        (True, False), (False, True), (True, False), (False, True), (True, False)
+    ]  # fmt: skip
