@@ -26,6 +26,9 @@ class Evaluator(Protocol):
     def losses(self, subsets: Iterable[KeptLayers]) -> list[float]: ...
 
 
+Stages = Sequence[tuple[Evaluator, int]]
+
+
 def top_k(scores: Sequence[float], k: int) -> KeptLayers:
     """The k layers with the highest scores; of equal scores the earlier layer is kept.
 
@@ -151,31 +154,41 @@ def sleb(evaluator: Evaluator, k: int, progress: Callable = iter) -> KeptLayers:
 
     Of equal losses the earlier candidate in layer order is dropped.
     """
-    return beam_search(evaluator, k, width=1, progress=progress)
+    return beam_search([(evaluator, 1)], k, progress)
 
 
-def beam_search(evaluator: Evaluator, k: int, width: int = 3, progress: Callable = iter) -> KeptLayers:
-    """Removal of one layer a round from the ``width`` best subsets so far; :func:`sleb` is the case of width 1."""
-    _check_k(k, evaluator.depth)
-    beam = [tuple(range(evaluator.depth))]
-    for _ in progress(range(evaluator.depth - k)):
-        beam = _best(evaluator, [_without(kept, layer) for kept in beam for layer in kept], width)
+def beam_search(stages: Stages, k: int, progress: Callable = iter) -> KeptLayers:
+    """Removal of one layer a round from the best subsets so far; :func:`sleb` is one stage with one survivor.
+
+    Args:
+        stages: (evaluator, survivors) from little to much text: each judges what the one before let through,
+            so that most text is spent on the best; the survivors of the last are the beam.
+        k: number of layers to keep.
+        progress: wraps the iterable of rounds.
+    """
+    depth = stages[0][0].depth
+    _check_k(k, depth)
+    beam = [tuple(range(depth))]
+    for _ in progress(range(depth - k)):
+        beam = _survivors(stages, [_without(kept, layer) for kept in beam for layer in kept])
     return beam[0]
 
 
-def swap_refinement(evaluator: Evaluator, kept: Sequence[int], rounds: int = 10) -> KeptLayers:
+def swap_refinement(stages: Stages, kept: Sequence[int], rounds: int = 10) -> KeptLayers:
     """``kept`` improved: add the layer that helps most, drop the one that costs least, until nothing changes.
 
-    A swap is accepted only if it lowers the loss, so the result is never worse than the start.
+    A swap is accepted only if it lowers the loss of the last stage, so the result is never worse than the start.
+    Stages as in :func:`beam_search`.
     """
     kept = tuple(sorted(kept))
-    _check_k(len(kept), evaluator.depth)
+    depth = stages[0][0].depth
+    _check_k(len(kept), depth)
     for _ in range(rounds):
-        missing = [layer for layer in range(evaluator.depth) if layer not in kept]
+        missing = [layer for layer in range(depth) if layer not in kept]
         if not missing:
             break
-        larger = _best(evaluator, [tuple(sorted({*kept, layer})) for layer in missing], 1)[0]
-        better = _best(evaluator, [kept, *(_without(larger, layer) for layer in larger)], 1)[0]
+        larger = _survivors(stages, [tuple(sorted({*kept, layer})) for layer in missing])[0]
+        better = _survivors(stages, [_without(larger, layer) for layer in larger], kept)[0]
         if better == kept:
             break
         kept = better
@@ -183,7 +196,7 @@ def swap_refinement(evaluator: Evaluator, kept: Sequence[int], rounds: int = 10)
 
 
 def evopress(
-    stages: Sequence[tuple[Evaluator, int]],
+    stages: Stages,
     k: int,
     generations: int = 20,
     offspring: int = 32,
@@ -220,11 +233,7 @@ def evopress(
         parent = _best(stages[0][0], sorted(subsets), 1)[0]
     for _ in progress(range(generations)):
         children = {_mutated(parent, depth, mutations, generator) for _ in range(offspring)} - {parent}
-        survivors = sorted(children)
-        for number, (evaluator, count) in enumerate(stages, start=1):
-            last = number == len(stages)
-            survivors = _best(evaluator, [parent, *survivors] if last else survivors, count)
-        parent = survivors[0]
+        parent = _survivors(stages, sorted(children), parent)[0]
     return parent
 
 
@@ -241,6 +250,14 @@ def _best(evaluator: Evaluator, subsets: Sequence[KeptLayers], count: int) -> li
     subsets = list(dict.fromkeys(subsets))
     losses = dict(zip(subsets, evaluator.losses(subsets), strict=True))
     return sorted(subsets, key=losses.get)[:count]
+
+
+def _survivors(stages: Stages, subsets: Sequence[KeptLayers], *finalists: KeptLayers) -> list[KeptLayers]:
+    """What is left when each stage has kept its best few; ``finalists`` take part in the last one only."""
+    *early, (last, count) = stages
+    for evaluator, survivors in early:
+        subsets = _best(evaluator, subsets, survivors)
+    return _best(last, [*finalists, *subsets], count)
 
 
 def _without(kept: KeptLayers, layer: int) -> KeptLayers:

@@ -1,17 +1,20 @@
 """The rows of the paper's tables, built from what the measuring modules return."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import kendalltau
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity, reported, selection, timing
 from paper_src.coalitions import Cost, Evaluator, ShapleyValues
-from paper_src.models import SubsetRunner, count_parameters
+from paper_src.layers import SubsetRunner
+from paper_src.models import count_parameters
 from paper_src.report import kept_text, kept_tuple
 from paper_src.scoring import LayerScores, combined_score
 
@@ -164,38 +167,55 @@ def selections(
     return frame.assign(kept=frame["kept"].map(kept_text), draw=frame["draw"].astype("Int64"))
 
 
+SEARCHES = ("sleb", "evopress", "staged", "swap")
+
+
 def searches(
-    evaluator: Evaluator, rough: Evaluator, keep: Sequence[int], settings: dict[str, int], progress: Callable = iter
+    looks: Sequence[Evaluator],
+    keep: Sequence[int],
+    survivors: int,
+    evolution: dict[str, int],
+    progress: Callable = iter,
 ) -> pd.DataFrame:
     """What each search keeps at each k: rows of t2_selection, with what they asked of the evaluators.
 
-    ``evolved`` is EvoPress from what SLEB found; ``swap`` improves the best of what the others found. The
-    cost of these two comes on top of that of the search they start from.
+    ``sleb`` and ``evopress`` stand on the second look. ``staged`` is greedy removal that shows all candidates
+    to the first and the best ``survivors`` to the last; ``swap`` improves the best of the three in the same
+    stages, and its cost comes on top of theirs.
 
     Args:
-        evaluator: judges on the calibration text.
-        rough: judges on a part of it: the first stage of EvoPress.
+        looks: three evaluators, from little calibration text to much.
         keep: numbers of layers to keep.
-        settings: ``generations``, ``offspring``, ``initial`` and ``seed`` of EvoPress.
+        survivors: candidates that reach the last look.
+        evolution: ``generations``, ``offspring``, ``initial`` and ``seed`` of EvoPress.
         progress: wraps the iterable of searches.
     """
     rows = []
     for k in progress(sorted(keep, reverse=True)):
-        found = {}
-        for strategy in ("sleb", "evopress", "evolved", "swap"):
-            with evaluator.cost() as cost, rough.cost() as rough_cost:
-                if strategy == "sleb":
-                    found[strategy] = selection.sleb(evaluator, k)
-                elif strategy == "evopress":
-                    found[strategy] = selection.evopress([(rough, 2), (evaluator, 1)], k, **settings)
-                elif strategy == "evolved":
-                    start = {"start": found["sleb"]}
-                    found[strategy] = selection.evopress([(rough, 2), (evaluator, 1)], k, **settings, **start)
-                else:
-                    found[strategy] = selection.swap_refinement(evaluator, min(found.values(), key=evaluator))
-            cost.add(rough_cost)
+        found: dict[str, selection.KeptLayers] = {}
+        for strategy in SEARCHES:
+            with ExitStack() as stack:
+                spent = [stack.enter_context(look.cost()) for look in looks]
+                found[strategy] = _search(strategy, looks, k, survivors, evolution, found)
+            cost = Cost()
+            for part in spent:
+                cost.add(part)
             rows.append({"strategy": strategy, "k": k, "kept": kept_text(found[strategy]), **vars(cost)})
     return pd.DataFrame(rows)
+
+
+def _search(
+    strategy: str, looks: Sequence[Evaluator], k: int, survivors: int, evolution: dict, found: dict
+) -> selection.KeptLayers:
+    first, second, last = looks
+    if strategy == "sleb":
+        return selection.sleb(second, k)
+    if strategy == "evopress":
+        return selection.evopress([(first, 2), (second, 1)], k, **evolution)
+    stages = [(first, survivors), (last, 1)]
+    if strategy == "staged":
+        return selection.beam_search(stages, k)
+    return selection.swap_refinement(stages, min(found.values(), key=last))
 
 
 # What notebook 2 judges on validation text: every published strategy and search, and these scores.
@@ -338,7 +358,7 @@ def measure(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Fidelity of every different selection of t2_selection, and of the full model: kept -> metric -> (N,).
 
-    Selections that begin alike share the work, see :class:`paper_src.models.SubsetRunner`; the values are
+    Selections that begin alike share the work, see :class:`paper_src.layers.SubsetRunner`; the values are
     those of the compacted models.
     """
     runner = SubsetRunner(model, full.blocks, memory_bytes=2**26)  # smaller batches, for the bar
@@ -393,6 +413,34 @@ def fidelities(
     for suffix in ("", "_lo", "_hi"):
         frame[f"ppl_ratio{suffix}"] = np.exp(frame[f"nll_nats{suffix}"] - _full_nll(measured))
     return frame.assign(n_draws=frame["n_draws"].astype("Int64"))
+
+
+def found(strategies: pd.DataFrame) -> pd.DataFrame:
+    """Rows of t2_strategies that are a selection; the others are means over random ones."""
+    return strategies[strategies["strategy"] != "random"]
+
+
+def on_long_text(measured: dict, strategies: pd.DataFrame, blocks: Tensor, seed: int) -> pd.DataFrame:
+    """t4_strategies: the selections of t2_strategies on much test text.
+
+    ``ppl_ratio`` with a 95% bootstrap interval over blocks of the difference to the full model: both see the same
+    blocks, so that what is hard in a block cancels.
+
+    Args:
+        measured: from :func:`measure` on ``blocks``.
+        strategies: t2_strategies.
+        blocks: (N, T) token ids.
+        seed: of the bootstrap.
+    """
+    full = next(iter(measured.values()))["nll_nats"]  # (N,)
+    rows = []
+    for row in found(strategies)[["strategy", "score", "k", "kept", "chosen"]].to_dict("records"):
+        gap = measured[row["kept"]]["nll_nats"] - full
+        low, high = np.exp(fidelity.bootstrap_interval(gap, seed))
+        rows.append({**row, "ppl_ratio": np.exp(gap.mean()), "ppl_ratio_lo": low, "ppl_ratio_hi": high,
+                     "cosine": measured[row["kept"]]["cosine"].mean()})  # fmt: skip
+    frame = pd.DataFrame(rows).assign(ppl_full=np.exp(full.mean()), n_blocks=len(blocks), n_tokens=blocks.numel())
+    return frame.sort_values(["k", "ppl_ratio"], ignore_index=True)
 
 
 def _full_nll(measured: dict) -> float:

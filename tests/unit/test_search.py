@@ -55,8 +55,8 @@ class TestSearches:
         game = Planted(8, additive)
         best = game.best(k)
         assert selection.sleb(game, k) == best
-        assert selection.beam_search(game, k, width=2) == best
-        assert selection.swap_refinement(game, range(k)) == best
+        assert selection.beam_search([(game, 2)], k) == best
+        assert selection.swap_refinement([(game, 1)], range(k)) == best
         assert selection.evopress([(game, 2), (game, 1)], k, generations=15, offspring=8, initial=8) == best
 
     def test_sleb_is_greedy_removal(self):
@@ -78,23 +78,28 @@ class TestSearches:
 
         game = Planted(8, trap)
         assert game.loss(set(selection.sleb(game, 2))) == 0
-        assert selection.beam_search(game, 2, width=8) == (6, 7)
+        assert selection.beam_search([(game, 8)], 2) == (6, 7)
         assert selection.evopress([(game, 1)], 2, generations=20, offspring=16, initial=16) == (6, 7)
+
+    def test_stages_spend_the_last_look_on_the_survivors_of_the_first(self):
+        rough, fine = Planted(8, lambda kept: paired(kept) + 0.02 * len(kept & {3, 4})), Planted(8, paired)
+        assert selection.beam_search([(rough, 3), (fine, 1)], 4) == selection.sleb(Planted(8, paired), 4)
+        assert [len(look.asked) for look in (rough, fine)] == [8 + 7 + 6 + 5, 3 * 4]
 
     @pytest.mark.parametrize("start", [(0, 1, 3), (2, 3, 5), (4, 6, 7)])
     def test_swaps_never_make_it_worse(self, start):
         game = Planted(8, paired)
-        assert paired(set(selection.swap_refinement(game, start))) <= paired(set(start))
+        assert paired(set(selection.swap_refinement([(game, 1)], start))) <= paired(set(start))
 
     def test_swaps_stop_when_nothing_changes(self):
         game = Planted(8, additive)
         best = game.best(3)
         game.asked.clear()
-        assert selection.swap_refinement(game, best) == best
+        assert selection.swap_refinement([(game, 1)], best) == best
         assert len(game.asked) <= 5 + 4 + 1
 
     def test_swaps_leave_all_layers_as_they_are(self):
-        assert selection.swap_refinement(Planted(4, additive), range(4)) == (0, 1, 2, 3)
+        assert selection.swap_refinement([(Planted(4, additive), 1)], range(4)) == (0, 1, 2, 3)
 
     def test_evolution_repeats_with_its_seed_and_keeps_k_layers(self):
         results = [selection.evopress([(Planted(9, paired), 1)], 4, 3, 6, 6, seed=seed) for seed in (0, 0, 5)]
@@ -111,7 +116,7 @@ class TestSearches:
         for search in (
             lambda: selection.sleb(game, 0),
             lambda: selection.evopress([(game, 1)], 6),
-            lambda: selection.swap_refinement(game, ()),
+            lambda: selection.swap_refinement([(game, 1)], ()),
         ):
             with refused("of 5 layers: keep between 1 and 5"):
                 search()
@@ -126,6 +131,6 @@ def test_on_a_model_searches_reach_the_brute_force_optimum(make_blocks):
     assert evaluator(found) == best
     assert (
         best
-        <= evaluator(selection.swap_refinement(evaluator, selection.sleb(evaluator, 3)))
+        <= evaluator(selection.swap_refinement([(evaluator, 1)], selection.sleb(evaluator, 3)))
         <= max(evaluator.losses(subsets))
     )
