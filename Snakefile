@@ -20,7 +20,7 @@ def sources(name, *modules):
     return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code]
 
 
-CAUSAL = ("coalitions", "fidelity", "store")
+CAUSAL = ("coalitions", "fidelity", "layers", "store")
 
 
 def tables(*names):
@@ -76,7 +76,7 @@ rule selection:
 # All cores: a second notebook beside it would distort the times.
 rule compaction:
     input:
-        sources("03_compaction", "compaction", "tables", "reported", "figures"),
+        sources("03_compaction", "compaction", "layers", "tables", "reported", "figures"),
         tables("t2_selection"),
     output:
         tables("t3_size", "t3_speed"),
@@ -90,12 +90,28 @@ rule compaction:
 
 rule fidelity:
     input:
-        sources("04_fidelity", "data", "fidelity", "tables", "reported", "figures"),
-        tables("t2_selection", "t3_speed"),
+        sources("04_fidelity", "data", "fidelity", "layers", "tables", "reported", "figures"),
+        tables("t2_selection", "t2_strategies", "t3_speed"),
     output:
-        tables("t4_fidelity", "t4_random"),
+        tables("t4_fidelity", "t4_random", "t4_strategies"),
         figures("f4_tradeoff"),
         record("04_fidelity"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule recovery:
+    input:
+        sources(
+            "05_recovery", "data", "compaction", "fidelity", "layers", "recovery", "distillation", "repairs",
+            "selection", "tables", "figures",
+        ),
+        tables("t2_selection", "t2_strategies"),
+    output:
+        tables("t5_selection", "t5_mix", "t5_forms", "t5_recovery", "t5_curve"),
+        figures("f5_recovery"),
+        record("05_recovery"),
     threads: workflow.cores
     shell:
         RUN
@@ -119,7 +135,8 @@ rule summary:
         sources("09_summary", "claims", "tables", "reported"),
         "paper_src/summary.md.j2",
         tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
-        tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t8_controls", "t8_scores"),
+        tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t4_strategies", "t8_controls", "t8_scores"),
+        tables("t5_selection", "t5_mix", "t5_recovery"),
     output:
         tables("t9_claims"),
         f"{OUT}/SUMMARY.md",

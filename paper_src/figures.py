@@ -248,7 +248,7 @@ STRATEGIES = {
 NAMES = {
     "drop_block": "angular block", "shortgpt": "ShortGPT", "shortened_llama_ppl": "PPL",
     "shortened_llama_taylor_plus": "Taylor+", "sleb": "SLEB",
-    "evopress": "EvoPress", "evolved": "evolved", "swap": "swaps",
+    "evopress": "EvoPress", "staged": "staged removal", "swap": "swaps",
 }  # fmt: skip
 
 
@@ -288,6 +288,53 @@ def strategies(table: pd.DataFrame) -> Figure:
         axes[0, 0].plot([], [], "o", ms=8, color="white", mec=RED, mew=1.8, label="chosen")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle("Strategies on validation text (numbers: cost in thousands of tokens through the full model)")
+    plt.close(figure)
+    return figure
+
+
+RECOVERIES = {"none": (GREY, "cut only"), "closed_form": (BLUE, "closed form"), "distilled": (GREEN, "distilled")}
+
+
+def recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
+    """Cosine and perplexity of each stage of repair, and both over the distillation's tokens and seconds.
+
+    Args:
+        table: t5_recovery, on test text.
+        curve: t5_curve, on validation text.
+        target: cosine that was asked for.
+    """
+    rows = table[table["selection"] == "selected"]
+    keep = sorted(set(rows["k"]), reverse=True)
+    trivial = table[table["selection"] == "trivial"].iloc[0]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(10, 5.6))
+        for line, (metric, title) in zip(
+            axes, (("cosine", "cosine to the full model"), ("ppl_ratio", "perplexity / full model's")), strict=True
+        ):
+            for place, (stage, (colour, label)) in enumerate(RECOVERIES.items()):
+                part = rows[rows["recovery"] == stage].set_index("k").loc[keep]
+                x = np.arange(len(keep)) + 0.18 * (place - 1)
+                spread = [part[metric] - part[f"{metric}_lo"], part[f"{metric}_hi"] - part[metric]]
+                line[0].errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
+            line[0].axhline(trivial[metric], color="black", lw=1, ls="--", label="trivial predictor")
+            line[0].set_xticks(range(len(keep)), [f"k = {k}" for k in keep])
+            line[0].set_ylabel(title)
+            for axis, over, unit in ((line[1], "tokens", 1e3), (line[2], "seconds", 1)):
+                for k, colour in zip(keep, (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+                    part = curve[curve["k"] == k]
+                    axis.plot(part[over] / unit, part[metric], marker="o", ms=3, color=colour, label=f"k = {k}")
+                axis.set_xlabel("distillation, thousands of tokens" if over == "tokens" else "distillation, seconds")
+            if metric == "cosine":
+                for axis in line:
+                    axis.axhline(target, color=RED, lw=1, ls=":", label="target")
+            else:
+                for axis in line:
+                    axis.set_yscale("log")
+        axes[0, 0].set_title("test text")
+        axes[0, 1].set_title("validation text")
+        axes[0, 2].set_title("validation text")
+        axes[1, 0].legend(loc="best")
+        axes[0, 1].legend(loc="best")
     plt.close(figure)
     return figure
 

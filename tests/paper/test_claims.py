@@ -51,3 +51,21 @@ def test_readme_shows_figures_and_tables_that_exist():
     assert links
     missing = [link for link in links if not (ROOT / link).exists()]
     assert missing == []
+
+
+def test_recovery_stands_beside_full_model_trivial_predictor_and_control(read):
+    table, selections = read("t5_recovery").set_index("selection"), read("t5_selection")
+    assert table.loc["full", "cosine"] == pytest.approx(1, abs=1e-6)
+    assert table.loc["full", "ppl_ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert table.loc["trivial", "cosine_centred"] < 0.1
+    assert (selections["strategy"] == "random").sum() >= 20
+    assert selections.groupby("k")["chosen"].sum().eq(1).all()
+
+
+def test_every_stage_of_recovery_is_there_and_adds_no_parameters(read):
+    rows = read("t5_recovery").query("selection == 'selected'")
+    for _, part in rows.groupby("k"):
+        assert part["recovery"].tolist() == ["none", "closed_form", "distilled"]
+        assert part["kept"].nunique() == 1
+        assert (part["parameters_added"] == 0).all()
+        assert part["ppl_ratio"].is_monotonic_decreasing

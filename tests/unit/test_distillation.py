@@ -1,0 +1,136 @@
+"""Distillation: it learns, it resumes to the same result, and it leaves the teacher alone."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model
+
+from paper_src import compaction, distillation, fidelity, models
+from paper_src.distillation import Settings
+
+KEPT = (0, 3)
+QUICK = {"learning_rate": 1e-2, "evaluate_every": 4}
+
+
+def blocks(count, seed=0):
+    return torch.randint(3, 96, (count, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def run(folder, full=None, count=96, progress=None, **settings):
+    full = full or build_model("llama")
+    validation = fidelity.reference(full, blocks(8, seed=1), torch.zeros(32))
+    small = compaction.compact(full, KEPT)
+    chosen = Settings(**(QUICK | settings))
+    return distillation.distil(full, small, blocks(count), validation, folder, chosen, KEPT, progress), validation
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl": 0.0}, {"states": 1.0}, {"train_embeddings": True}, {"lora_rank": 4}])
+def test_it_comes_nearer_to_the_teacher(tmp_path, settings):
+    full = build_model("llama")
+    before = {name: value.clone() for name, value in full.state_dict().items()}
+    found, validation = run(tmp_path, full, count=200, **settings)
+    plain = fidelity.compare(compaction.compact(full, KEPT), validation)
+    trained = fidelity.compare(found.model, validation)
+    assert trained["cosine"].mean() > plain["cosine"].mean() + 0.1
+    assert trained["kl_nats"].mean() < 0.8 * plain["kl_nats"].mean()
+    assert found.history[-1]["kl_nats"] < found.history[0]["kl_nats"]
+    assert min(row["kl_nats"] for row in found.history) == pytest.approx(trained["kl_nats"].mean(), rel=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
+    kept_embedding = torch.equal(found.model.get_input_embeddings().weight, full.get_input_embeddings().weight)
+    assert kept_embedding != settings.get("train_embeddings", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_divergence_alone_is_enough(tmp_path, dtype):
+    full = build_model("llama").to(dtype)
+    found, validation = run(tmp_path, full, count=200, hidden=0.0, kl_every=1)
+    plain = fidelity.compare(compaction.compact(full, KEPT), validation)["kl_nats"].mean()
+    assert found.history[0]["kl_nats"] == pytest.approx(plain, rel=0.02)
+    assert found.history[-1]["kl_nats"] < 0.7 * plain
+    assert fidelity.compare(found.model, validation)["kl_nats"].mean() < 0.7 * plain
+    assert found.model.dtype == dtype
+
+
+def test_the_result_is_a_standard_checkpoint_also_with_adapters(tmp_path):
+    found, _ = run(tmp_path / "run", lora_rank=2)
+    found.model.save_pretrained(tmp_path / "model")
+    again = type(found.model).from_pretrained(tmp_path / "model")
+    assert again.state_dict().keys() == compaction.compact(build_model("llama"), KEPT).state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(models.last_hidden(again, blocks(2)), models.last_hidden(found.model, blocks(2)))
+
+
+def test_the_loss_has_a_gradient_in_every_trained_weight(tmp_path):
+    full = build_model("llama")
+    student = compaction.compact(full, KEPT)
+    found = distillation.distil(
+        full, student, blocks(8), fidelity.reference(full, blocks(2), torch.zeros(32)), tmp_path,
+        Settings(learning_rate=1e-2, evaluate_every=1, warmup=0.0), KEPT,
+    )  # fmt: skip
+    embeddings = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
+    for (name, old), new in zip(student.named_parameters(), found.model.parameters(), strict=True):
+        assert torch.equal(old, new) == (id(old) in embeddings), name
+
+
+def test_tokens_and_seconds_are_counted(tmp_path):
+    found, _ = run(tmp_path)
+    assert [(row["step"], row["tokens"]) for row in found.history] == [(n, n * 8 * 16) for n in (0, 4, 8, 12)]
+    seconds = [row["seconds"] for row in found.history]
+    assert 0 == seconds[0] < seconds[1] < seconds[2] < seconds[3]
+
+
+def test_a_limit_in_seconds_stops_it(tmp_path):
+    found, _ = run(tmp_path, seconds=1e-9)
+    assert [row["step"] for row in found.history] == [0, 1]
+
+
+def test_it_stops_when_validation_text_gets_no_better(tmp_path):
+    found, _ = run(tmp_path, count=800, learning_rate=0.0, patience=2)
+    assert found.history[-1]["step"] == 3 * 4  # the first look, and two without progress
+
+
+def test_steps_that_make_it_worse_are_not_taken(tmp_path):
+    full = build_model("llama")
+    whole = compaction.compact(full, range(4))  # nothing is missing
+    validation = fidelity.reference(full, blocks(8, seed=1), torch.zeros(32))
+    settings = Settings(learning_rate=0.3, evaluate_every=4)
+    assert distillation.distil(full, whole, blocks(64), validation, tmp_path, settings).model is whole
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_distillation import run
+die_at_8 = lambda line: os.kill(os.getpid(), signal.SIGKILL) if line.startswith('step 8 ') else None
+run(Path({str(tmp_path / "killed")!r}), progress=die_at_8)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed, _ = run(tmp_path / "killed")
+    assert [row["step"] for row in resumed.history] == [0, 4, 8, 12]
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_bad_input(tmp_path, refused):
+    with refused("give at least one batch"):
+        run(tmp_path, count=4)
+    run(tmp_path, count=32)
+    with refused("holds checkpoints of another"):
+        run(tmp_path, count=32, learning_rate=1e-3)
+
+
+def test_a_loss_that_is_not_a_number_stops_it_and_keeps_the_last_state(tmp_path, refused):
+    with refused("the loss is (nan|inf) at step .* lower the learning rate"):
+        run(tmp_path, count=400, learning_rate=1e38, evaluate_every=1, warmup=0.5)
+    assert list(tmp_path.glob("checkpoint-*/model.safetensors"))

@@ -1,0 +1,167 @@
+"""Closed-form refits against gaps that can be bridged exactly, brute force, and what must not change."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from paper_src import InputError, compaction, models, recovery
+from paper_src.layers import StandIn
+
+
+class LinearLayer(StandIn):
+    """In place of a layer: h + h A."""
+
+    def __init__(self, layer, matrix):
+        super().__init__(layer)
+        self.matrix = nn.Parameter(matrix, requires_grad=False)
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden + hidden @ self.matrix
+
+
+class EchoLayer(LinearLayer):
+    """In place of a layer: h + x A, where x is what another layer's MLP matrix was given."""
+
+    def __init__(self, layer, matrix, writer):
+        super().__init__(layer, matrix)
+        self.seen = []
+        writer.register_forward_pre_hook(lambda module, inputs: self.seen.append(inputs[0]))
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden + self.seen[-1] @ self.matrix
+
+
+def states(model, blocks):
+    with torch.no_grad():
+        return models.last_hidden(model, blocks)
+
+
+class TestMoments:
+    def test_least_squares_by_brute_force(self):
+        generator = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+        weights = torch.rand(50, generator=generator, dtype=torch.float64) + 0.1
+        moments = recovery.Moments.empty(4, 3, torch.device("cpu"))
+        for low in range(0, 50, 7):
+            moments.add(x[low : low + 7], y[low : low + 7], weights[low : low + 7])
+        root = weights.sqrt()[:, None]
+        expected = np.linalg.lstsq((root * x).numpy(), (root * y).numpy())[0]
+        found = moments.solve(1e-12)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)  # products in float32
+        error = float((root * (y - x @ found)).square().sum()) / 50
+        assert moments.error(found) == pytest.approx(error, rel=1e-5)
+        assert moments.error(torch.zeros(4, 3, dtype=torch.float64)) == pytest.approx(
+            float((root * y).square().sum()) / 50, rel=1e-5
+        )
+
+    def test_a_large_ridge_leaves_the_weights_as_they_were(self):
+        moments = recovery.Moments.empty(2, 2, torch.device("cpu"))
+        moments.add(torch.eye(2), torch.ones(2, 2), torch.ones(2))
+        assert moments.solve(1e9).abs().max() < 1e-8
+
+    def test_diagonal_solution_by_hand(self):
+        moments = recovery.Moments.empty(2, 2, torch.device("cpu"))
+        moments.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 9.0], [1.0, 9.0]]), torch.ones(2))
+        expected = torch.tensor([4 / 10, 54 / 20], dtype=torch.float64).diag()
+        torch.testing.assert_close(moments.solve(0.0, diagonal=True), expected)
+
+
+class TestClosedForm:
+    def test_a_gap_that_a_linear_map_bridges_is_bridged_exactly(self, llama, make_blocks):
+        blocks = make_blocks(64, 16)
+        llama.model.layers[1] = LinearLayer(llama.model.layers[1], 0.1 * torch.randn(32, 32))
+        full = states(llama, blocks)
+        cut = compaction.compact(llama, (0, 2, 3))
+        found = recovery.closed_form(llama, (0, 2, 3), blocks, form="linear", reach="gaps")
+        assert (states(cut, blocks) - full).abs().mean() > 0.05
+        torch.testing.assert_close(states(found.model, blocks), full, atol=2e-3, rtol=1e-2)
+        assert found.added == 32 * 32
+
+    def test_a_gap_that_the_mlp_matrix_bridges_is_bridged_exactly_and_merged(self, llama, make_blocks):
+        blocks = make_blocks(64, 16)
+        writer = llama.model.layers[0].mlp.down_proj
+        change = 0.1 * torch.randn(48, 32)
+        llama.model.layers[1] = EchoLayer(llama.model.layers[1], change, writer)
+        full = states(llama, blocks)
+        found = recovery.closed_form(llama, (0, 2, 3), blocks, reach="gaps").model
+        assert type(found.model.layers[0]) is type(found.model.layers[1])
+        torch.testing.assert_close(
+            found.model.layers[0].mlp.down_proj.weight, writer.weight + change.T, atol=1e-2, rtol=0
+        )
+        torch.testing.assert_close(states(found, blocks), full, atol=2e-3, rtol=1e-2)
+
+    @pytest.mark.parametrize("form", recovery.FORMS)
+    def test_nothing_is_changed_where_nothing_is_cut(self, llama, make_blocks, form):
+        found = recovery.closed_form(llama, range(4), make_blocks(16, 8), form=form)
+        assert found.refits == []
+        assert torch.equal(states(found.model, make_blocks(2, 8)), states(llama, make_blocks(2, 8)))
+
+    @pytest.mark.parametrize("form", recovery.FORMS)
+    def test_the_full_model_is_left_alone(self, llama, make_blocks, form):
+        before = {name: value.clone() for name, value in llama.state_dict().items()}
+        recovery.closed_form(llama, (0, 3), make_blocks(32, 16), form=form)
+        after = llama.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    @pytest.mark.parametrize("form", ["down_proj", "mlp_map", "linear"])
+    def test_fewer_tokens_than_features_do_not_blow_up(self, llama, make_blocks, form):
+        few, other = make_blocks(16, 2), make_blocks(32, 8, seed=1)
+        found = recovery.closed_form(llama, (0, 3), few, form=form)
+        assert all(row.error_after <= row.error_before for row in found.refits)
+        assert states(found.model, other).isfinite().all()
+        cut = (states(compaction.compact(llama, (0, 3)), other) - states(llama, other)).square().mean()
+        assert (states(found.model, other) - states(llama, other)).square().mean() < 1.2 * cut
+
+    def test_it_brings_states_nearer_on_other_text(self, llama, make_blocks):
+        other = make_blocks(32, 16, seed=1)
+        for form in ("down_proj", "linear"):
+            found = recovery.closed_form(llama, (0, 3), make_blocks(256, 16), form=form)
+            before = (states(compaction.compact(llama, (0, 3)), other) - states(llama, other)).square().mean()
+            assert (states(found.model, other) - states(llama, other)).square().mean() < 0.8 * before
+
+    def test_each_family_is_refitted_or_refused(self, full, family, make_blocks):
+        blocks = make_blocks(64, 16)
+        if family in ("gemma2", "gemma3_text", "olmo2"):  # a norm behind the MLP
+            with pytest.raises(InputError, match="does not add"):
+                recovery.closed_form(full, (0, 3), blocks, reach="gaps")
+            return
+        found = recovery.closed_form(full, (0, 3), blocks, reach="gaps")
+        assert found.added == 0
+        assert found.refits[0].error_after < found.refits[0].error_before
+
+    def test_the_result_is_a_standard_checkpoint(self, llama, make_blocks, tmp_path):
+        found = recovery.closed_form(llama, (0, 3), make_blocks(64, 16)).model
+        found.save_pretrained(tmp_path)
+        again = type(llama).from_pretrained(tmp_path)
+        blocks = make_blocks(2, 8)
+        torch.testing.assert_close(states(again, blocks), states(found, blocks))
+
+    def test_refits_are_those_before_gaps_or_all_behind_the_first(self, llama, make_blocks):
+        rows = {
+            reach: [row.layer for row in recovery.closed_form(llama, (0, 2, 3), make_blocks(16, 8), reach=reach).refits]
+            for reach in ("gaps", "all")
+        }
+        assert rows == {"gaps": [0], "all": [0, 2, 3]}
+
+    def test_bad_input(self, llama, make_blocks, refused):
+        with refused("form 'lstsq'"):
+            recovery.closed_form(llama, (0, 3), make_blocks(16, 8), form="lstsq")
+        with refused("give 2 batches"):
+            recovery.closed_form(llama, (0, 3), make_blocks(15, 8))
+        with refused("increasing order"):
+            recovery.closed_form(llama, (3, 0), make_blocks(16, 8))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_merged_and_unmerged_forms_agree(kind):
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(6, 4) if kind == "linear" else models.Conv1D(4, 6)
+    x, change = torch.randn(10, 6, generator=generator), torch.randn(6, 4, generator=generator)
+    before = linear(x)
+    old = linear.weight
+    given = models.add_to_weight_(linear, change)
+    torch.testing.assert_close(linear(x), before + x @ change, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(given, change, atol=1e-6, rtol=1e-5)
+    assert linear.weight is not old

@@ -1,0 +1,92 @@
+"""Tables of the recovery section: which selections go in, the control, the rule of the recommended model."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from conftest import build_model
+
+from paper_src import repairs
+from paper_src.compaction import compact
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two folders of text, one all of a kind."""
+    for name, words in (("plain", "the cat sat on the mat and the dog ran "), ("other", "zzz yyy xxx www vvv ")):
+        (tmp_path / name).mkdir()
+        for split in ("train", "valid", "test"):
+            (tmp_path / name / f"{split}.txt").write_text(words * 60)
+    return [str(tmp_path / "plain"), str(tmp_path / "other")]
+
+
+@pytest.fixture
+def judge(texts, tokenizer):
+    model = build_model("llama", vocab_size=300)
+    return model, repairs.Judge(model, tokenizer, texts, "valid", (3, 16), torch.zeros(32), seed=0)
+
+
+def test_the_full_model_has_ratio_one_on_every_kind_of_text(judge):
+    model, judge = judge
+    row = judge.row(model)
+    assert row["cosine"] == pytest.approx(1, abs=1e-6)
+    assert [row[f"ppl_ratio_{name}"] for name in ("plain", "other")] == pytest.approx([1, 1])
+    assert row["ppl_ratio"] == row["ppl_ratio_plain"]
+
+
+def test_the_mean_over_kinds_of_text_is_geometric(judge):
+    model, judge = judge
+    small = compact(model, (0, 3))
+    row = judge.row(small)
+    expected = math.sqrt(row["ppl_ratio_plain"] * row["ppl_ratio_other"])
+    assert row["ppl_ratio_mean"] == pytest.approx(expected)
+    assert judge.ppl_ratio(small) == pytest.approx(expected)
+
+
+def test_candidates_are_the_best_different_selections_of_each_k(refused):
+    table = pd.DataFrame({
+        "k": [2, 2, 2, 2, 4], "strategy": ["a", "b", "random", "c", "d"], "score": [None] * 5,
+        "kept": ["0 1", "0 1", "", "0 2", "0 1 2 3"], "nll_nats": [1.0, 1.0, 0.5, 3.0, 0.2],
+    })  # fmt: skip
+    found = repairs.candidates(table, [2], 2)
+    assert found[["strategy", "kept"]].to_numpy().tolist() == [["a", "0 1"], ["c", "0 2"]]
+    with refused("k = 3 was not judged .* search_keep"):
+        repairs.candidates(table, [2, 3], 2)
+
+
+def test_the_control_judges_only_its_own_k():
+    table = pd.DataFrame({"k": [4, 2], "ppl_ratio_refitted": [2.0, 5.0], "chosen": [True, True]})
+    control = pd.DataFrame({"k": [2, 2, 2], "ppl_ratio_refitted": [4.0, 6.0, 9.0]})
+    found = repairs.with_control(table, control)
+    assert found["p_refitted"].isna().tolist() == [True, False, True, True, True]
+    assert found.loc[1, "p_refitted"] == (1 + 1) / (1 + 3)
+    assert found["chosen"].tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("target", "k"), [(0.9, 15), (0.97, 22), (0.8, 8), (0.99, 22)])
+def test_the_recommended_model_has_the_fewest_layers_that_reach_the_target(target, k):
+    curve = pd.DataFrame({
+        "k": [22, 22, 15, 8, 8], "kl_nats": [0.2, 0.1, 0.3, 0.9, 0.5], "cosine": [0.9, 0.98, 0.95, 0.99, 0.85],
+    })  # fmt: skip
+    assert repairs.recommended(curve, target)["k"] == k  # the look of lowest KL counts, not that of highest cosine
+
+
+def test_a_refit_is_judged_beside_the_cut_and_the_best_is_chosen(judge):
+    model, judge = judge
+    table = pd.DataFrame({"k": [2, 2], "strategy": ["a", "b"], "score": [None, None], "kept": ["0 3", "1 2"]})
+    blocks = torch.randint(3, 200, (64, 16), generator=torch.Generator().manual_seed(0))
+    found = repairs.after_refit(model, table, blocks, judge)
+    assert found["ppl_ratio_cut"].tolist() == [judge.ppl_ratio(compact(model, kept)) for kept in ((0, 3), (1, 2))]
+    assert found["chosen"].sum() == 1
+    assert found.loc[found["chosen"], "ppl_ratio_refitted"].item() == found["ppl_ratio_refitted"].min()
+
+
+def test_a_mix_that_makes_a_kind_of_text_worse_is_not_chosen(judge, texts, tokenizer):
+    model, judge = judge
+    found = repairs.mixes(model, tokenizer, (0, 3), {"plain": texts[:1], "both": texts}, (32, 16), judge, seed=0)
+    columns = ["ppl_ratio_plain", "ppl_ratio_other"]
+    cut = found.loc[0, columns]
+    for row in found.iloc[1:].to_dict("records"):
+        assert row["no_domain_worse"] == all(row[column] <= cut[column] for column in columns)
+        assert not row["chosen"] or row["no_domain_worse"]
