@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError, fidelity
-from paper_src.models import logits_of
+from paper_src.models import last_hidden, logits_of
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Settings:
 
     Attributes:
         batch_size: blocks a step.
+        epochs: passes over the blocks. The full model answers each block once, whatever their number.
         learning_rate: peak of AdamW's; linear warm-up over ``warmup`` of the steps, then cosine to zero.
         warmup: share of the steps.
         kl: weight of KL(p || p') of the next-token distributions, nats a token.
@@ -42,7 +43,8 @@ class Settings:
     """
 
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    epochs: int = 1
+    learning_rate: float = 5e-4
     warmup: float = 0.05
     kl: float = 1.0
     kl_every: int = 4
@@ -62,8 +64,8 @@ class Distilled:
 
     Attributes:
         model: the state that was best on validation text; the student itself if no step made it better.
-        history: rows ``step`` (0 and each look), ``tokens``, ``seconds`` (training only), and the metrics of
-            validation text.
+        history: rows ``step`` (0 and each look), ``tokens`` (of every pass), ``seconds`` (training only), and the
+            metrics of validation text.
     """
 
     model: PreTrainedModel
@@ -80,7 +82,7 @@ def distil(
     kept: Sequence[int] = (),
     progress: Callable | None = None,
 ) -> Distilled:
-    """``student`` trained for one pass over ``blocks`` so that it answers as ``full`` does.
+    """``student`` trained on ``blocks`` so that it answers as ``full`` does.
 
     The weights that are trained are a float32 copy; where ``full`` is in bfloat16 the products are, too
     (autocast). Checkpoints lie in ``folder``: a run that was killed goes on from the last one and ends where it
@@ -89,9 +91,9 @@ def distil(
     Args:
         full: the teacher; it is not changed.
         student: compact, possibly refitted; it is not changed.
-        blocks: (N, T) token ids, each seen once.
+        blocks: (N, T) token ids.
         validation: the full model's answers to validation text: decides which state is best and when to stop.
-        folder: of the checkpoints.
+        folder: of the checkpoints, and of the full model's last states of ``blocks`` where there are several passes.
         settings: defaults if None.
         kept: kept layers, needed for ``settings.states``.
         progress: called with a line of text at each look.
@@ -107,7 +109,7 @@ def distil(
     model, finish = _trainable(student, settings)
     trainer = Distiller(full, validation, settings, kept, progress, model=model, train_dataset=_Blocks(blocks),
                         eval_dataset=_Blocks(validation.blocks),
-                        args=_arguments(full, folder, len(blocks) // settings.batch_size, settings))  # fmt: skip
+                        args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     history = [{"step": row["step"], **{key.removeprefix("eval_"): row[key] for key in row if "eval_" in key}}
                for row in trainer.state.log_history if "eval_kl_nats" in row]  # fmt: skip
@@ -133,7 +135,8 @@ def _claim(folder: Path, tensors: Sequence[Tensor], settings: Settings) -> None:
     mark.write_text(digest.hexdigest())
 
 
-def _arguments(full: PreTrainedModel, folder: Path, steps: int, settings: Settings) -> TrainingArguments:
+def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Settings) -> TrainingArguments:
+    steps = blocks // settings.batch_size * settings.epochs
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -155,6 +158,7 @@ def _arguments(full: PreTrainedModel, folder: Path, steps: int, settings: Settin
         logging_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_drop_last=True,
         disable_tqdm=True,
         seed=settings.seed,
     )
@@ -183,7 +187,27 @@ class _Blocks(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[index]}
+        return {"input_ids": self.blocks[index], "index": torch.tensor(index)}
+
+
+class _Answers:
+    """The full model's last hidden states of blocks, each computed once and kept in a file, also over a kill."""
+
+    def __init__(self, teacher: PreTrainedModel, blocks: Tensor, folder: Path):
+        self.teacher = teacher
+        shape = (*blocks.shape, teacher.config.get_text_config().hidden_size)
+        size = blocks.numel() * shape[-1]
+        file = {"shared": True, "size": size, "dtype": teacher.dtype}
+        self.states = torch.from_file(str(folder / "answers.bin"), **file).view(shape)
+        self.known = torch.from_file(str(folder / "answered.bin"), shared=True, size=len(blocks), dtype=torch.uint8)
+
+    def __call__(self, ids: Tensor, index: Tensor) -> Tensor:
+        """(B, T, d) states of the blocks ``index`` (B,), whose tokens are ``ids`` (B, T)."""
+        index = index.cpu()
+        if not self.known[index].all():
+            self.states[index] = last_hidden(self.teacher, ids).cpu()
+            self.known[index] = 1
+        return self.states[index].to(ids.device)
 
 
 class Distiller(Trainer):
@@ -203,6 +227,8 @@ class Distiller(Trainer):
         self.teacher, self.validation, self.settings, self.kept = teacher, validation, settings, kept
         self.progress = progress
         self.spent = 0.0  # seconds of training steps, those before a resumption as well
+        repeats = settings.epochs > 1 and not settings.states
+        self.answers = _Answers(teacher, self.train_dataset.blocks, Path(self.args.output_dir)) if repeats else None
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
@@ -211,8 +237,11 @@ class Distiller(Trainer):
         ids, use = inputs["input_ids"], self.settings
         wanted = {"input_ids": ids, "use_cache": False, "output_hidden_states": use.states > 0}
         with torch.no_grad():
-            target = self.teacher.base_model(**wanted)
-            h = target.last_hidden_state
+            if self.answers:
+                h = self.answers(ids, inputs["index"])
+            else:
+                target = self.teacher.base_model(**wanted)
+                h = target.last_hidden_state
         own = model.base_model(**wanted)
         loss = use.hidden * (1 - functional.cosine_similarity(own.last_hidden_state.float(), h.float(), dim=-1)).mean()
         if use.kl:

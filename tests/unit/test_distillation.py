@@ -76,6 +76,25 @@ def test_the_loss_has_a_gradient_in_every_trained_weight(tmp_path):
         assert torch.equal(old, new) == (id(old) in embeddings), name
 
 
+def test_in_several_passes_the_teacher_answers_each_block_once(tmp_path, monkeypatch):
+    asked, real = [], distillation.last_hidden
+    monkeypatch.setattr(distillation, "last_hidden", lambda model, ids: asked.append(len(ids)) or real(model, ids))
+    found, _ = run(tmp_path, count=32, epochs=3)
+    assert sum(asked) == 32
+    assert [row["tokens"] for row in found.history] == [0, *(n * 4 * 8 * 16 for n in (1, 2, 3))]
+    assert found.history[-1]["kl_nats"] < 0.8 * found.history[0]["kl_nats"]
+
+
+def test_answers_that_are_kept_are_those_of_the_teacher(tmp_path):
+    full = build_model("llama")
+    answers = distillation._Answers(full, blocks(6), tmp_path)
+    index = torch.tensor([4, 1])
+    for _ in range(2):
+        torch.testing.assert_close(
+            answers(blocks(6)[index], index), models.last_hidden(full, blocks(6)[index]).detach()
+        )
+
+
 def test_tokens_and_seconds_are_counted(tmp_path):
     found, _ = run(tmp_path)
     assert [(row["step"], row["tokens"]) for row in found.history] == [(n, n * 8 * 16) for n in (0, 4, 8, 12)]
@@ -101,8 +120,10 @@ def test_steps_that_make_it_worse_are_not_taken(tmp_path):
     assert distillation.distil(full, whole, blocks(64), validation, tmp_path, settings).model is whole
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    whole, _ = run(tmp_path / "whole")
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, epochs):
+    count = 96 // epochs
+    whole, _ = run(tmp_path / "whole", count=count, epochs=epochs)
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -111,12 +132,12 @@ torch.set_num_threads(1)
 from pathlib import Path
 from test_distillation import run
 die_at_8 = lambda line: os.kill(os.getpid(), signal.SIGKILL) if line.startswith('step 8 ') else None
-run(Path({str(tmp_path / "killed")!r}), progress=die_at_8)
+run(Path({str(tmp_path / "killed")!r}), count={count}, epochs={epochs}, progress=die_at_8)
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
-    resumed, _ = run(tmp_path / "killed")
+    resumed, _ = run(tmp_path / "killed", count=count, epochs=epochs)
     assert [row["step"] for row in resumed.history] == [0, 4, 8, 12]
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
