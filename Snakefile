@@ -8,6 +8,7 @@ import sys
 PROFILE = config.get("profile", "laptop")
 MODEL = config.get("model", "")
 DEVICE = config.get("device", "")
+DATA_DIR = config.get("data_dir", "")
 OUT = config.get("results", f"results/{PROFILE}")
 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
@@ -39,6 +40,7 @@ RUN = (
     f"exec {sys.executable} -m paper_src.execute {{input[0]}} --profile {{input[1]}} --results {OUT}"
     + (f" --model '{MODEL}'" if MODEL else "")
     + (f" --device '{DEVICE}'" if DEVICE else "")
+    + (f" --data-dir '{DATA_DIR}'" if DATA_DIR else "")
 )
 
 
@@ -112,6 +114,24 @@ rule recovery:
         tables("t5_selection", "t5_mix", "t5_forms", "t5_recovery", "t5_curve"),
         figures("f5_recovery"),
         record("05_recovery"),
+        directory(f"{OUT}/models/recovered"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+# t6_amazon is made only where its data are.
+rule recommendation:
+    input:
+        sources(
+            "06_recommendation", "compaction", "interactions", "recommend", "trials", "fidelity", "figures"
+        ),
+        tables("t5_recovery"),
+        f"{OUT}/models/recovered",
+    output:
+        tables("t6_movielens"),
+        figures("f6_recommendation"),
+        record("06_recommendation"),
     threads: workflow.cores
     shell:
         RUN

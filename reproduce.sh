@@ -16,6 +16,7 @@ options of run
   --only NOTEBOOK    this notebook and what it needs, for example 03_compaction
   --model NAME       a local folder, a .gguf file or a hub id; results go to results/<profile>-<model>
   --device DEVICE    cpu, cuda, cuda:1, mps
+  --data-dir FOLDER  where Amazon's files are, for 06_recommendation
   --jobs N           processor cores to use (default: all); long notebooks run one at a time
   --force            run again what is up to date
   --help             this text
@@ -90,13 +91,14 @@ environment() {
 # --- commands --------------------------------------------------------------------------------------------
 
 run() {
-  local profile=laptop only="" model="" device="" jobs="" force=()
+  local profile=laptop only="" model="" device="" data_dir="" jobs="" force=()
   while [ $# -gt 0 ]; do
     case "$1" in
       --profile) profile=$(value_of "$@"); shift 2 ;;
       --only) only=$(value_of "$@"); only=$(basename "$only" .ipynb); shift 2 ;;
       --model) model=$(value_of "$@"); shift 2 ;;
       --device) device=$(value_of "$@"); shift 2 ;;
+      --data-dir) data_dir=$(value_of "$@"); shift 2 ;;
       --jobs) jobs=$(value_of "$@"); shift 2 ;;
       --force) force=(--forceall); shift ;;
       *) die "unknown option $1: see ./reproduce.sh --help" ;;
@@ -105,7 +107,8 @@ run() {
   [ -f "profiles/$profile.yaml" ] || die "no profile '$profile': there are $(cd profiles && echo *.yaml)"
   [ -z "$only" ] || [ -f "notebooks/$only.ipynb" ] || die "no notebook '$only': there are $(cd notebooks && echo *.ipynb)"
   [[ "$jobs" =~ ^([1-9][0-9]*)?$ ]] || die "--jobs '$jobs': give a number of cores, 1 or more"
-  [[ "$model$device" != *"'"* ]] || die "--model and --device cannot hold a quote character"
+  [[ "$model$device$data_dir" != *"'"* ]] || die "--model, --device and --data-dir cannot hold a quote character"
+  [ -z "$data_dir" ] || data_dir=$(cd "$data_dir" 2>/dev/null && pwd) || die "--data-dir: no such folder"
   [ ! -e "$model" ] || model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model")
 
   environment
@@ -122,7 +125,7 @@ run() {
   since=$("$python" -c 'import time; print(time.time())')
   local status=0
   "$python" -m snakemake "$target" --cores "${jobs:-all}" --config "profile=$profile" "results=$results" \
-    ${model:+"model=$model"} ${device:+"device=$device"} --nolock --rerun-incomplete --quiet all ${force[@]+"${force[@]}"} ||
+    ${model:+"model=$model"} ${device:+"device=$device"} ${data_dir:+"data_dir=$data_dir"} --nolock --rerun-incomplete --quiet all ${force[@]+"${force[@]}"} ||
     status=$?
   "$python" -m paper_src.execute --results "$results" --summary "$since"
   if [ $status -eq 0 ] && [ "$results" = results/laptop ]; then

@@ -112,6 +112,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--device")
+    parser.add_argument("--data-dir", dest="data_dir")
     parser.add_argument("--check", action="store_true", help="only check the profile")
     parser.add_argument("--publish", action="store_true", help="only copy results to tables/ and figures/")
     parser.add_argument("--summary", type=float, metavar="SINCE", help="only print what ran since then")
@@ -154,7 +155,7 @@ def _run_with(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_output)
-    given = {key: getattr(arguments, key) for key in ("model", "device") if getattr(arguments, key)}
+    given = {key: getattr(arguments, key) for key in ("model", "device", "data_dir") if getattr(arguments, key)}
     overrides = {**given, "results": os.path.relpath(arguments.results, "notebooks")}
     output = arguments.results / "notebooks" / arguments.notebook.name
     start = time.time()

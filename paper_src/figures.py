@@ -339,6 +339,50 @@ def recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
     return figure
 
 
+METHODS = {
+    "most_popular": (GREY, "most popular"),
+    "item_knn": (GREY, "item-kNN"),
+    "sasrec": (GREEN, "SASRec"),
+    "frozen": (ORANGE, "frozen"),
+    "trained": (BLUE, "trained"),
+}
+
+
+def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
+    """NDCG@10 with 95% intervals of every recommender, and of the trained ones against their measured speed.
+
+    Args:
+        tables: name -> t6_movielens, t6_amazon, as many as there are.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(len(tables), 2, figsize=(10, 3.6 * len(tables)), squeeze=False)
+        for (left, right), table in zip(axes, tables.values(), strict=True):
+            for place, row in enumerate(table.itertuples()):
+                colour, label = METHODS[row.method]
+                spread = [[row.ndcg10 - row.ndcg10_lo], [row.ndcg10_hi - row.ndcg10]]
+                left.errorbar(row.ndcg10, place, xerr=spread, fmt="o", ms=4, color=colour)
+                if row.users_per_s == row.users_per_s:
+                    right.errorbar(row.users_per_s, row.ndcg10, spread, fmt="o", ms=5, color=colour, capsize=2)
+                    name = row.model if row.method == "trained" else f"{label}, {row.model}"
+                    right.annotate(name.replace("_", " "), (row.users_per_s, row.ndcg10), size=7,
+                                   textcoords="offset points", xytext=(5, 4))  # fmt: skip
+            names = [METHODS[row.method][1] + (f", {row.model}" if row.model != "none" else "")
+                     for row in table.itertuples()]  # fmt: skip
+            left.set_yticks(range(len(table)), [name.replace("_", " ") for name in names])
+            left.invert_yaxis()
+            left.set_xlim(left=0)
+            left.set_xlabel("NDCG@10, whole catalogue")
+            left.set_title(f"{table['dataset'].iloc[0]}: {table['n_users'].iloc[0]:,} test users")
+            right.set_xscale("log")
+            right.margins(x=0.2)
+            right.set_ylim(bottom=0)
+            right.set_xlabel("users a second at inference")
+            right.set_ylabel("NDCG@10")
+            right.set_title("trained models: quality and speed")
+    plt.close(figure)
+    return figure
+
+
 def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series) -> Figure:
     """Cosine and perplexity ratio against measured speedup, with random selections and the trivial predictor.
 

@@ -4,7 +4,7 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,17 +73,12 @@ def compare_speed(
     models = {0: full, **compact}
     prompt = _prompt(full, workload, seed)
     flops = {key: count_flops(model, workload, prompt) for key, model in models.items()}
-    seconds = {key: [] for key in models}
-    order = list(models)
-    for _ in range(rounds):
-        for key in order:
-            seconds[key].append(run_seconds(models[key], workload, prompt))
-        order = order[1:] + order[:1]
+    seconds = interleaved(list(models), lambda key: run_seconds(models[key], workload, prompt), rounds)
     return [
         {
             **vars(workload),
             "k": k,
-            **_ratio_interval(np.divide(seconds[0], seconds[k]), seed),
+            **ratio_interval(np.divide(seconds[0], seconds[k]), seed),
             "ideal": flops[0] / flops[k],
             "share_of_ideal": float(np.median(np.divide(seconds[0], seconds[k]))) / (flops[0] / flops[k]),
             "full_ms": 1e3 * float(np.median(seconds[0])),
@@ -92,6 +87,16 @@ def compare_speed(
         }
         for k in compact
     ]
+
+
+def interleaved(keys: Sequence, timed: Callable[..., float], rounds: int) -> dict[object, list[float]]:
+    """key -> ``rounds`` times what ``timed(key)`` gives, all keys in every round, in an order that rotates."""
+    seconds, order = {key: [] for key in keys}, list(keys)
+    for _ in range(rounds):
+        for key in order:
+            seconds[key].append(timed(key))
+        order = order[1:] + order[:1]
+    return seconds
 
 
 @torch.no_grad()
@@ -151,7 +156,8 @@ def _synchronize(model: PreTrainedModel) -> None:
         torch.accelerator.synchronize(model.device)
 
 
-def _ratio_interval(ratios: np.ndarray, seed: int, draws: int = 2000) -> dict[str, float]:
+def ratio_interval(ratios: np.ndarray, seed: int, draws: int = 2000) -> dict[str, float]:
+    """``speedup``, the median of ``ratios``, with its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``."""
     picks = np.random.default_rng(seed).integers(len(ratios), size=(draws, len(ratios)))
     low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
     return {"speedup": float(np.median(ratios)), "speedup_lo": float(low), "speedup_hi": float(high)}

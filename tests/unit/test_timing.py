@@ -146,13 +146,13 @@ def test_real_runs_give_positive_seconds(llama):
 
 def test_ratio_interval_by_hand():
     """A median of 3 draws from (1, 2, 9) is 1 or 9 in 7 of 27 cases each: both ends are inside the 95%."""
-    interval = timing._ratio_interval(np.array([1.0, 2.0, 9.0]), seed=0)
+    interval = timing.ratio_interval(np.array([1.0, 2.0, 9.0]), seed=0)
     assert interval == {"speedup": 2, "speedup_lo": 1, "speedup_hi": 9}
 
 
 def test_ratio_interval_ignores_a_rare_outlier():
     """A median of 9 draws that is the outlier needs 5 of 9 picks of it: less than 1 case in 400."""
-    interval = timing._ratio_interval(np.array([2.0] * 8 + [50.0]), seed=0)
+    interval = timing.ratio_interval(np.array([2.0] * 8 + [50.0]), seed=0)
     assert interval == {"speedup": 2, "speedup_lo": 2, "speedup_hi": 2}
 
 

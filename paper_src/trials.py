@@ -1,0 +1,192 @@
+"""Rows of the recommendation section: every recommender on the same users, items and budget."""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from paper_src import fidelity, recommend, timing
+from paper_src.compaction import compact
+from paper_src.interactions import Interactions, leave_last_out
+from paper_src.models import count_parameters
+
+SASREC = {"width": 64, "epochs": 60, "patience": 5}  # small and quick: it is trained until validation stops it
+
+
+def variants(full: PreTrainedModel, kept: Sequence[int], recovered: Path) -> dict[str, PreTrainedModel]:
+    """name -> model: full, cut to ``kept``, the same repaired (a checkpoint), and the first layers, as SLMRec takes."""
+    repaired = AutoModelForCausalLM.from_pretrained(recovered, dtype=full.dtype).to(full.device).eval()
+    return {"full": full, "compact": compact(full, kept), "recovered": repaired,
+            "first_layers": compact(full, range(len(kept)))}  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """Users and items that all recommenders of one data set share.
+
+    Args:
+        data: sequences.
+        learners: number of random users whose sequences language models are trained on; items are never sampled.
+        judged: number of random users that test, and a tenth of it that validation looks at.
+        seed: of both samples and the bootstrap.
+    """
+
+    data: Interactions
+    learners: int
+    judged: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.split = leave_last_out(self.data.sequences)
+        self.users = recommend.sample(self.split, self.judged, self.seed)
+        self.sample = [self.split.train[user] for user in recommend.sample(self.split, self.learners, self.seed + 1)]
+        watched = recommend.sample(self.split, max(1, self.judged // 4), self.seed + 2)
+        self.validation = [self.split.train[user] for user in watched], self.split.valid[watched]
+        histories = self.split.history("test")
+        self.test = [histories[user] for user in self.users], self.split.test[self.users]
+
+    def judge(self, scorer: recommend.Scorer) -> dict[str, np.ndarray]:
+        """Each test user's metrics."""
+        return recommend.metrics_of(recommend.ranks(scorer, *self.test))
+
+
+class Contest:
+    """Collects rows of one table, each user's NDCG@10 beside them, and trained models to time."""
+
+    def __init__(self, bench: Bench, report: Callable = print):
+        self.bench, self.report = bench, report
+        self.rows: list[dict[str, object]] = []
+        self.users: dict[tuple[str, str], np.ndarray] = {}
+        self.scorers: dict[tuple[str, str], recommend.Scorer] = {}
+
+    def enter(self, method: str, model: str, scorer: recommend.Scorer, **context) -> None:
+        """Judge ``scorer`` on test users and add its row."""
+        values = self.bench.judge(scorer)
+        self.users[method, model] = values["ndcg10"]
+        row = {"method": method, "model": model, **context}
+        for name, column in values.items():
+            low, high = fidelity.bootstrap_interval(column, self.bench.seed)
+            row |= {name: column.mean(), f"{name}_lo": low, f"{name}_hi": high}
+        self.rows.append(row)
+        self.report(f"{self.bench.data.name}, {method} {model}: NDCG@10 {row['ndcg10']:.4f}, HR@10 {row['hr10']:.4f}")
+
+    def table(self, rounds: int) -> pd.DataFrame:
+        """t6_*: the rows, with NDCG@10 over the full model's of the same method (paired interval) and the speed."""
+        frame = pd.DataFrame(self.rows)
+        base = {
+            "n_users": len(self.bench.users),
+            "n_items": len(self.bench.data.texts),
+            "dataset": self.bench.data.name,
+        }
+        shares = [self._share(row["method"], row["model"]) for row in self.rows]
+        frame = pd.concat([frame, pd.DataFrame(shares)], axis=1).assign(**base)
+        return frame.merge(self._speeds(rounds), on=["method", "model"], how="left")
+
+    def _share(self, method: str, model: str) -> dict[str, float]:
+        """NDCG@10 over the full model's, with the interval of a bootstrap over the same users for both."""
+        if (method, "full") not in self.users or model == "full":
+            return {"share_of_full": np.nan, "share_lo": np.nan, "share_hi": np.nan}
+        own, full = self.users[method, model], self.users[method, "full"]
+        picks = np.random.default_rng(self.bench.seed).integers(len(own), size=(2000, len(own)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = np.nanquantile(own[picks].mean(1) / full[picks].mean(1), [0.025, 0.975])
+            return {"share_of_full": own.mean() / full.mean(), "share_lo": low, "share_hi": high}
+
+    def _speeds(self, rounds: int, users: int = 256) -> pd.DataFrame:
+        """``users_per_s`` at inference, and the speedup over the full model, interleaved."""
+        histories = self.bench.test[0][:users]
+
+        def timed(key: tuple[str, str]) -> float:
+            start = time.perf_counter()
+            self.scorers[key](histories).sum().item()  # waits for the device
+            return time.perf_counter() - start
+
+        for key in self.scorers:
+            timed(key)  # warms up
+        seconds = timing.interleaved(list(self.scorers), timed, rounds)
+        rows = []
+        for (method, model), own in seconds.items():
+            full = seconds.get((method, "full"))
+            ratio = timing.ratio_interval(np.divide(full, own), self.bench.seed) if full and model != "full" else {}
+            rows.append({"method": method, "model": model, "users_per_s": len(histories) / np.median(own), **ratio})
+        return pd.DataFrame(rows)
+
+
+def classical(contest: Contest, settings: recommend.Settings, folder: Path) -> None:
+    """Most popular, item-kNN and SASRec on all users; SASRec also on the users that language models learn from."""
+    bench = contest.bench
+    train, items = bench.split.train, len(bench.data.texts)
+    for name, scorer in (("most_popular", recommend.most_popular), ("item_knn", recommend.item_knn)):
+        start = time.perf_counter()
+        contest.enter(name, "none", scorer(train, items), train_users=len(train), seconds=time.perf_counter() - start)
+    small = replace(settings, epochs=SASREC["epochs"], patience=SASREC["patience"], learning_rate=1e-3, batch_size=128)
+    for name, sequences in (("all users", train), ("same users", bench.sample)):
+        body = recommend.sasrec_body(length=settings.length)
+        vectors = recommend.random_vectors(items, SASREC["width"], bench.seed)
+        _train(contest, "sasrec", name, body, vectors, sequences, small, folder)
+
+
+def language_model(
+    contest: Contest,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: recommend.Settings,
+    width: int,
+    folder: Path,
+    progress: Callable = iter,
+) -> None:
+    """One model, frozen and trained: item vectors start from its own states of the items' texts."""
+    start = time.perf_counter()
+    states = recommend.text_states(model, tokenizer, contest.bench.data.texts, progress=progress)
+    spent = time.perf_counter() - start
+    contest.enter("frozen", name, recommend.frozen(states), train_users=0, seconds=spent,
+                  parameters=count_parameters(model))  # fmt: skip
+    body = copy.deepcopy(model.base_model).float()
+    vectors = recommend.item_vectors(states, width)
+    _train(contest, "trained", name, body, vectors, contest.bench.sample, settings, folder)
+
+
+def _train(
+    contest: Contest,
+    method: str,
+    name: str,
+    body: torch.nn.Module,
+    vectors: Tensor,
+    sequences: Sequence[np.ndarray],
+    settings: recommend.Settings,
+    folder: Path,
+) -> None:
+    bench = contest.bench
+    trained, history = recommend.train(body, vectors, sequences, bench.validation, folder, settings)
+    shutil.rmtree(folder)
+    scorer = recommend.trained(trained, settings.length)
+    best = max(history, key=lambda row: row["ndcg10"])
+    contest.scorers[method, name] = scorer
+    contest.enter(method, name, scorer, train_users=len(sequences), seconds=history[-1]["seconds"],
+                  epochs=best["epoch"], valid_ndcg10=best["ndcg10"], parameters=count_parameters(trained))  # fmt: skip
+
+
+def contest(
+    bench: Bench,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: recommend.Settings,
+    width: int,
+    folder: Path,
+    rounds: int = 5,
+) -> pd.DataFrame:
+    """t6_*: all recommenders of one data set."""
+    held = Contest(bench)
+    classical(held, settings, folder)
+    for name, model in models.items():
+        language_model(held, name, model, tokenizer, settings, width, folder)
+    return held.table(rounds)

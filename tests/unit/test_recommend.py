@@ -1,0 +1,185 @@
+"""Ranking by hand and by a library, recommenders on planted data, and what must be refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+
+from paper_src import recommend
+from paper_src.compaction import compact
+from paper_src.recommend import Settings, metrics_of, ranks
+
+ITEMS = 12
+
+
+def fixed(scores):
+    return lambda histories: torch.tensor(scores)
+
+
+def chains(users=60, length=8, seed=0):
+    """Planted: item i is always followed by i + 1."""
+    starts = np.random.default_rng(seed).integers(0, ITEMS, users)
+    return [(start + np.arange(length)) % ITEMS for start in starts]
+
+
+class TestRanks:
+    def test_by_hand(self):
+        scores = [[0.1, 0.9, 0.5, 0.3], [0.4, 0.3, 0.2, 0.1]]
+        histories = [np.array([1]), np.array([3])]
+        assert ranks(fixed(scores), histories, np.array([3, 2])).tolist() == [2, 3]
+
+    def test_equal_scores_rank_worst(self):
+        assert ranks(fixed([[1.0, 1.0, 1.0, 0.0]]), [np.array([3])], np.array([0])).tolist() == [3]
+
+    def test_items_already_had_never_rank_before_the_target(self):
+        scores = [[9.0, 8.0, 7.0, 1.0]]
+        assert ranks(fixed(scores), [np.array([0, 1, 2])], np.array([3])).tolist() == [1]
+
+    def test_parts_are_as_the_whole(self):
+        generator = np.random.default_rng(0)
+        table = torch.as_tensor(generator.normal(size=(30, 50)))
+        histories = [np.array([user]) for user in range(30)]
+        targets = generator.integers(30, 50, 30)
+
+        def scorer(part):
+            return table[[int(items[0]) for items in part]]
+
+        assert np.array_equal(ranks(scorer, histories, targets, 7), ranks(scorer, histories, targets, 100))
+
+    def test_bad_input(self, refused):
+        with refused("user 1 has an empty history"):
+            ranks(fixed([[1.0, 2.0]] * 2), [np.array([0]), np.array([], dtype=int)], np.array([1, 1]))
+        with refused("scores of user 1 are NaN"):
+            ranks(fixed([[1.0, 2.0], [1.0, float("nan")]]), [np.array([0])] * 2, np.array([1, 1]))
+        with refused("user 0 has had the target before"):
+            ranks(fixed([[1.0, 2.0]]), [np.array([1])], np.array([1]))
+
+
+class TestMetrics:
+    def test_by_hand(self):
+        found = metrics_of(np.array([1, 7, 11]))
+        assert found["hr5"].tolist() == [1, 0, 0]
+        assert found["hr10"].tolist() == [1, 1, 0]
+        assert found["ndcg10"].tolist() == [1, 1 / 3, 0]  # log2(8) = 3
+        assert found["mrr"].tolist() == [1, 1 / 7, 1 / 11]
+
+    def test_ndcg_is_the_librarys(self):
+        from implicit.evaluation import ranking_metrics_at_k
+        from implicit.nearest_neighbours import CosineRecommender
+
+        generator = np.random.default_rng(0)
+        histories = [np.sort(generator.choice(40, 12, replace=False)) for _ in range(80)]
+        targets = np.array([generator.choice(np.setdiff1d(np.arange(40), items)) for items in histories])
+        model = CosineRecommender(K=40, num_threads=1)
+        matrix = recommend._matrix(histories, 40)
+        model.fit(matrix, show_progress=False)
+        test = recommend._matrix([np.array([target]) for target in targets], 40)
+        expected = ranking_metrics_at_k(model, matrix, test, K=10, show_progress=False, num_threads=1)["ndcg"]
+        ours = metrics_of(ranks(recommend.item_knn(histories, 40, neighbours=40), histories, targets))["ndcg10"].mean()
+        assert ours == pytest.approx(expected, rel=1e-6)
+
+
+class TestWithoutTraining:
+    def test_most_popular_by_hand(self):
+        scorer = recommend.most_popular([np.array([0, 1]), np.array([1, 2]), np.array([1])], 4)
+        assert scorer([np.array([0])] * 2).tolist() == [[1, 3, 1, 0]] * 2
+
+    def test_item_knn_finds_what_goes_together(self):
+        train = [np.array([0, 1])] * 5 + [np.array([2, 3])] * 5 + [np.array([0, 3])]
+        scores = recommend.item_knn(train, 4)([np.array([0]), np.array([2])])
+        assert scores[0, 1] > scores[0, 3] > scores[0, 2]
+        assert scores[1, 3] > scores[1, 1]
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_text_states_do_not_see_padding_or_order(self, tokenizer, family):
+        model = build_model(family, vocab_size=300)
+        texts = ["a", "longer text", "mid", "ünïcode 七人"]
+        together = recommend.text_states(model, tokenizer, texts, batch_size=4)
+        alone = torch.cat([recommend.text_states(model, tokenizer, [text]) for text in texts])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+    def test_text_states_by_hand(self, tokenizer):
+        model = build_model("llama", vocab_size=300)
+        ids = tokenizer("abc", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = model.model(ids).last_hidden_state.mean(1)
+        torch.testing.assert_close(recommend.text_states(model, tokenizer, ["abcdefg"], length=3), expected)
+
+    def test_an_empty_text_is_refused(self, tokenizer, refused):
+        with refused("item 1 has an empty text"):
+            recommend.text_states(build_model("llama", vocab_size=300), tokenizer, ["a", ""])
+
+    def test_frozen_users_lean_to_their_last_items(self):
+        states = torch.eye(6)
+        scores = recommend.frozen(states, decay=0.5)([np.array([0, 1, 2])])
+        assert scores[0, 2] > scores[0, 1] > scores[0, 0] > scores[0, 3]
+
+
+class TestTrained:
+    def fit(self, folder, body=None, seed=0, **settings):
+        train = chains()
+        validation = ([items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)]))
+        torch.manual_seed(seed)
+        body = body or recommend.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        chosen = Settings(**({"length": 8, "learning_rate": 1e-2, "epochs": 12, "patience": 12} | settings), seed=seed)
+        vectors = recommend.random_vectors(ITEMS, 16)
+        return recommend.train(body, vectors, train, validation, folder, chosen)
+
+    def score(self, model):
+        histories = [items[:5] for items in chains(seed=2)]
+        return metrics_of(ranks(recommend.trained(model, 8), histories, np.array([i[5] for i in chains(seed=2)])))
+
+    def test_a_planted_order_is_learned(self, tmp_path):
+        model, history = self.fit(tmp_path)
+        assert self.score(model)["hr5"].mean() > 0.95
+        assert (metrics_of(ranks(recommend.trained(model, 8), [i[:5] for i in chains(seed=2)],
+                                 np.array([i[5] for i in chains(seed=2)])))["mrr"] == 1).mean() > 0.9  # fmt: skip
+        assert history[-1]["ndcg10"] > history[0]["ndcg10"]
+
+    def test_a_compact_language_model_is_a_body(self, tmp_path):
+        small = compact(build_model("llama"), (0, 3))
+        model, _ = self.fit(tmp_path, body=small.model)
+        assert self.score(model)["mrr"].mean() > 0.9
+
+    def test_the_same_seed_gives_the_same_weights(self, tmp_path):
+        first, second, third = (self.fit(tmp_path / str(n), seed=seed, epochs=2)[0] for n, seed in enumerate((0, 0, 1)))
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        assert not torch.equal(first.head.weight, third.head.weight)
+
+    def test_the_best_epoch_is_kept(self, tmp_path):
+        model, history = self.fit(tmp_path, epochs=4)
+        validation = [items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)])
+        found = metrics_of(ranks(recommend.trained(model, 8), *validation))["ndcg10"].mean()
+        assert found == pytest.approx(max(row["ndcg10"] for row in history), rel=1e-6)
+
+    def test_padding_changes_nothing(self):
+        torch.manual_seed(0)
+        model = recommend.SequenceModel(recommend.sasrec_body(16, 1, 2, 8), recommend.random_vectors(ITEMS, 16)).eval()
+        short, long = np.array([1, 2]), np.array([3, 4, 5, 6, 7])
+        together = recommend.trained(model, 8)([short, long])
+        alone = torch.cat([recommend.trained(model, 8)([items]) for items in (short, long)])
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+    def test_item_vectors_are_white_and_keep_neighbours(self):
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(200, 8, generator=generator) * torch.tensor([9.0, 5, 3, 2, 1, 0.5, 0.1, 0.01])
+        vectors = recommend.item_vectors(states, 4)
+        torch.testing.assert_close(vectors.T @ vectors / 200, 0.02**2 * torch.eye(4), atol=1e-6, rtol=1e-3)
+
+    def test_bad_input(self, tmp_path, refused):
+        with refused("no training sequence has two items"):
+            recommend.train(recommend.sasrec_body(16, 1, 2, 8), recommend.random_vectors(4, 16), [np.array([1])],
+                            ([np.array([1])], np.array([2])), tmp_path, Settings())  # fmt: skip
+        with refused("ask for at most 3"):
+            recommend.item_vectors(torch.zeros(5, 3), 4)
+        with refused("the loss is (nan|inf) at step"):
+            self.fit(tmp_path, learning_rate=1e38, batch_size=4)
+
+
+def test_samples_are_different_users_and_repeat_with_their_seed():
+    split = recommend.Split([np.array([0])] * 50, np.zeros(50), np.zeros(50))
+    first, second, other = (recommend.sample(split, 20, seed) for seed in (0, 0, 1))
+    assert len(set(first)) == 20
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    assert len(recommend.sample(split, 99, 0)) == 50
