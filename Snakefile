@@ -124,7 +124,7 @@ rule recovery:
 rule recommendation:
     input:
         sources(
-            "06_recommendation", "compaction", "interactions", "recommend", "trials", "fidelity", "figures"
+            "06_recommendation", "compaction", "interactions", "recommend", "encoder", "trials", "fidelity", "figures"
         ),
         tables("t5_recovery"),
         f"{OUT}/models/recovered",
@@ -156,7 +156,7 @@ rule summary:
         "paper_src/summary.md.j2",
         tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
         tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t4_strategies", "t8_controls", "t8_scores"),
-        tables("t5_selection", "t5_mix", "t5_recovery"),
+        tables("t5_selection", "t5_mix", "t5_recovery", "t6_movielens"),
     output:
         tables("t9_claims"),
         f"{OUT}/SUMMARY.md",

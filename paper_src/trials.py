@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import fidelity, recommend, timing
+from paper_src import encoder, fidelity, recommend, timing
 from paper_src.compaction import compact
 from paper_src.interactions import Interactions, leave_last_out
 from paper_src.models import count_parameters
@@ -35,7 +35,7 @@ class Bench:
     Args:
         data: sequences.
         learners: number of random users whose sequences language models are trained on; items are never sampled.
-        judged: number of random users that test, and a tenth of it that validation looks at.
+        judged: number of random users that test; validation looks at a quarter of that.
         seed: of both samples and the bootstrap.
     """
 
@@ -120,17 +120,17 @@ class Contest:
         return pd.DataFrame(rows)
 
 
-def classical(contest: Contest, settings: recommend.Settings, folder: Path) -> None:
+def classical(contest: Contest, settings: encoder.Settings, folder: Path) -> None:
     """Most popular, item-kNN and SASRec on all users; SASRec also on the users that language models learn from."""
     bench = contest.bench
     train, items = bench.split.train, len(bench.data.texts)
     for name, scorer in (("most_popular", recommend.most_popular), ("item_knn", recommend.item_knn)):
         start = time.perf_counter()
         contest.enter(name, "none", scorer(train, items), train_users=len(train), seconds=time.perf_counter() - start)
-    small = replace(settings, epochs=SASREC["epochs"], patience=SASREC["patience"], learning_rate=1e-3, batch_size=128)
+    small = replace(settings, epochs=SASREC["epochs"], patience=SASREC["patience"], body_rate=1e-3, batch_size=128)
     for name, sequences in (("all users", train), ("same users", bench.sample)):
-        body = recommend.sasrec_body(length=settings.length)
-        vectors = recommend.random_vectors(items, SASREC["width"], bench.seed)
+        body = encoder.sasrec_body(length=settings.length)
+        vectors = encoder.random_vectors(items, SASREC["width"], bench.seed)
         _train(contest, "sasrec", name, body, vectors, sequences, small, folder)
 
 
@@ -139,7 +139,7 @@ def language_model(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: recommend.Settings,
+    settings: encoder.Settings,
     width: int,
     folder: Path,
     progress: Callable = iter,
@@ -151,7 +151,7 @@ def language_model(
     contest.enter("frozen", name, recommend.frozen(states), train_users=0, seconds=spent,
                   parameters=count_parameters(model))  # fmt: skip
     body = copy.deepcopy(model.base_model).float()
-    vectors = recommend.item_vectors(states, width)
+    vectors = encoder.item_vectors(states, width)
     _train(contest, "trained", name, body, vectors, contest.bench.sample, settings, folder)
 
 
@@ -162,13 +162,13 @@ def _train(
     body: torch.nn.Module,
     vectors: Tensor,
     sequences: Sequence[np.ndarray],
-    settings: recommend.Settings,
+    settings: encoder.Settings,
     folder: Path,
 ) -> None:
     bench = contest.bench
-    trained, history = recommend.train(body, vectors, sequences, bench.validation, folder, settings)
+    trained, history = encoder.train(body, vectors, sequences, bench.validation, folder, settings)
     shutil.rmtree(folder)
-    scorer = recommend.trained(trained, settings.length)
+    scorer = encoder.trained(trained, settings.length)
     best = max(history, key=lambda row: row["ndcg10"])
     contest.scorers[method, name] = scorer
     contest.enter(method, name, scorer, train_users=len(sequences), seconds=history[-1]["seconds"],
@@ -179,7 +179,7 @@ def contest(
     bench: Bench,
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    settings: recommend.Settings,
+    settings: encoder.Settings,
     width: int,
     folder: Path,
     rounds: int = 5,

@@ -145,6 +145,24 @@ class TestClosedForm:
         }
         assert rows == {"gaps": [0], "all": [0, 2, 3]}
 
+    def test_it_costs_less_than_two_passes_of_the_full_model(self, llama, make_blocks, monkeypatch):
+        calls = []
+
+        def counted(model, kept):
+            small = compaction.compact(model, kept)
+            for layer in models.decoder_layers(small):
+                layer._forward_hooks.clear()  # those of the full model's layers came along
+                layer.register_forward_hook(lambda *_: calls.append("compact"))
+            return small
+
+        monkeypatch.setattr(recovery, "compact", counted)
+        for layer in models.decoder_layers(llama):
+            layer.register_forward_hook(lambda *_: calls.append("full"))
+        recovery.closed_form(llama, (0, 3), make_blocks(64, 8), batch_size=4)
+        # each layer once on two tokens, to see what it returns, then on 16 batches
+        assert calls.count("full") == 4 + 16 * 4
+        assert calls.count("compact") == 2 + 16 * 2 + 1  # the refitted layer once more on one batch
+
     def test_bad_input(self, llama, make_blocks, refused):
         with refused("form 'lstsq'"):
             recovery.closed_form(llama, (0, 3), make_blocks(16, 8), form="lstsq")

@@ -1,0 +1,248 @@
+"""A (compact) language model as encoder of item sequences, trained to put the next item first.
+
+In the manner of SLMRec (arXiv:2405.17890): item vectors through a small adapter into the kept layers, the last state
+against all item vectors, cross-entropy over the whole catalogue. The training loop is transformers' Trainer.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from paper_src import InputError
+from paper_src.recommend import Scorer, metrics_of, ranks
+
+IGNORED = -100
+
+
+def item_vectors(states: Tensor, width: int, seed: int = 0) -> Tensor:
+    """(I, width) start of the item vectors: the largest principal components of the texts' states, in equal measure.
+
+    With whitening no component drowns the others; the scale is that of a usual embedding, 0.02 a number.
+    """
+    centred = (states - states.mean(0)).double()
+    if min(states.shape) < width:
+        raise InputError(f"{width} components of {tuple(states.shape)} states: ask for at most {min(states.shape)}")
+    values, axes = torch.linalg.eigh(centred.T @ centred / len(states))
+    return (0.02 * centred @ axes[:, -width:] / values[-width:].clamp(min=1e-12).sqrt()).float()
+
+
+def random_vectors(items: int, width: int, seed: int = 0) -> Tensor:
+    """(I, width) item vectors without texts, as SASRec starts with."""
+    return 0.02 * torch.randn(items, width, generator=torch.Generator().manual_seed(seed))
+
+
+def sasrec_body(width: int = 64, layers: int = 2, heads: int = 2, length: int = 50, dropout: float = 0.2) -> GPT2Model:
+    """A causal Transformer of SASRec's size (arXiv:1808.09781), which is what transformers' GPT-2 is at that size."""
+    config = GPT2Config(vocab_size=1, n_positions=length, n_embd=width, n_layer=layers, n_head=heads,
+                        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)  # fmt: skip
+    return GPT2Model(config)
+
+
+class SequenceModel(nn.Module):
+    """Scores of all items as the next one: item vectors -> adapter -> body -> head -> products with the item vectors.
+
+    Args:
+        body: takes ``inputs_embeds`` (N, T, d), gives ``last_hidden_state``; trained together with the rest.
+        vectors: (I, m) start of the item vectors, which are trained.
+        products: dtype of matrix products outside training, where the Trainer decides.
+    """
+
+    def __init__(self, body: nn.Module, vectors: Tensor, products: torch.dtype = torch.float32):
+        super().__init__()
+        self.products = products
+        width = body.config.get_text_config().hidden_size
+        self.body = body
+        self.items = nn.Embedding.from_pretrained(vectors.clone(), freeze=False)
+        self.adapter = nn.Linear(vectors.shape[1], width)
+        self.head = nn.Linear(width, vectors.shape[1])
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """``loss``: cross-entropy over the catalogue at every place with a label; ``states`` (N, T, m).
+
+        Args:
+            input_ids: (N, T) items, padding (any item) behind.
+            labels: (N, T) next items, ``IGNORED`` at padding.
+        """
+        hidden = self.body(inputs_embeds=self.adapter(self.items(input_ids) / 0.02), use_cache=False).last_hidden_state
+        states = self.head(hidden)  # (N, T, m)
+        if labels is None:
+            return {"states": states}
+        known = labels != IGNORED
+        return {"loss": functional.cross_entropy(self.logits(states[known]), labels[known]), "states": states}
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, I) scores of states (n, m)."""
+        return (self.scale * states @ (self.items.weight.T / 0.02)).float() / self.items.weight.shape[1] ** 0.5
+
+
+def trained(model: SequenceModel, length: int) -> Scorer:
+    """Scores of :class:`SequenceModel` from the last ``length`` items of a history."""
+
+    @torch.no_grad()
+    def score(histories: Sequence[np.ndarray]) -> Tensor:
+        model.eval()
+        device = model.items.weight.device
+        items = [torch.as_tensor(history[-length:]) for history in histories]
+        ends = torch.tensor([len(row) - 1 for row in items], device=device)
+        with _autocast(model):
+            states = model(pad_sequence(items, batch_first=True).to(device))["states"]
+            return model.logits(states[torch.arange(len(items), device=device), ends])
+
+    return score
+
+
+def _autocast(model: SequenceModel) -> torch.autocast:
+    return torch.autocast(model.items.weight.device.type, torch.bfloat16, enabled=model.products == torch.bfloat16)
+
+
+@dataclass
+class Settings:
+    """How to train.
+
+    Attributes:
+        length: last items of a sequence that count.
+        batch_size: sequences a step.
+        learning_rate: peak for the item vectors, adapter and head; warm-up over a tenth of the steps, then linear
+            to zero.
+        body_rate: the same for the body, which starts from what it knows.
+        epochs: most passes over the training sequences.
+        patience: looks at validation NDCG@10, one an epoch, without progress after which it stops.
+        bfloat16: whether products are in bfloat16.
+        seed: of the order of sequences, of new weights and of dropout.
+    """
+
+    length: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    body_rate: float = 2e-4
+    epochs: int = 4
+    patience: int = 1
+    bfloat16: bool = False
+    seed: int = 0
+
+
+def train(
+    body: nn.Module,
+    vectors: Tensor,
+    sequences: Sequence[np.ndarray],
+    validation: tuple[Sequence[np.ndarray], np.ndarray],
+    folder: str | Path,
+    settings: Settings,
+    progress: Callable | None = None,
+) -> tuple[SequenceModel, list[dict[str, float]]]:
+    """The trained model, best on validation, and rows ``epoch``, ``seconds`` (training only), ``ndcg10``.
+
+    Args:
+        body: of :class:`SequenceModel`, float32; it is trained in place.
+        vectors: (I, m) start of the item vectors.
+        sequences: training items of each user; those of one item say nothing and are left out.
+        validation: histories and next items of users, for early stopping.
+        folder: of checkpoints.
+        settings: how.
+        progress: called with a line of text at each look.
+
+    Raises:
+        InputError: no sequence has two items, or the loss is NaN.
+    """
+    rows = [items[-settings.length - 1 :] for items in sequences if len(items) > 1]
+    if not rows:
+        raise InputError("no training sequence has two items: give longer ones")
+    torch.manual_seed(settings.seed)
+    model = SequenceModel(body, vectors, torch.bfloat16 if settings.bfloat16 else torch.float32)
+    trainer = _Trainer(validation, settings, progress, model=model, train_dataset=_Rows(rows),
+                       eval_dataset=_Rows(rows[:1]), data_collator=_collate,
+                       optimizers=(_optimizer(model, settings), None), args=_arguments(folder, settings))  # fmt: skip
+    trainer.train()
+    history = [{key.removeprefix("eval_"): row[key] for key in ("epoch", "eval_seconds", "eval_ndcg10")}
+               for row in trainer.state.log_history if "eval_ndcg10" in row]  # fmt: skip
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
+    return model.eval(), history
+
+
+def _optimizer(model: SequenceModel, settings: Settings) -> torch.optim.AdamW:
+    body = [parameter for name, parameter in model.named_parameters() if name.startswith("body.")]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("body.")]
+    groups = [{"params": body, "lr": settings.body_rate}, {"params": others, "lr": settings.learning_rate}]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _arguments(folder: str | Path, settings: Settings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=0.1,
+        bf16=settings.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg10",
+        greater_is_better=True,
+        train_sampling_strategy="group_by_length",
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Sequences as inputs and next items."""
+
+    def __init__(self, rows: Sequence[np.ndarray]):
+        self.rows = [torch.as_tensor(items) for items in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index][:-1], "labels": self.rows[index][1:]}
+
+
+def _collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    pads = {"input_ids": 0, "labels": IGNORED}
+    return {name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=pad)
+            for name, pad in pads.items()}  # fmt: skip
+
+
+class _Trainer(Trainer):
+    """A Trainer whose evaluation is NDCG@10 over the whole catalogue."""
+
+    def __init__(self, validation: tuple, settings: Settings, progress: Callable | None, **arguments):
+        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience)], **arguments)
+        self.remove_callback(PrinterCallback)
+        self.validation, self.settings, self.progress = validation, settings, progress
+        self.spent, self.resumed = 0.0, time.perf_counter()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
+    ) -> Tensor:
+        loss = model(**inputs)["loss"]
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate")
+        return loss
+
+    def evaluate(self, *ignored, **also_ignored) -> dict[str, float]:
+        self.spent += time.perf_counter() - self.resumed
+        found = metrics_of(ranks(trained(self.model, self.settings.length), *self.validation))
+        metrics = {f"eval_{name}": float(values.mean()) for name, values in found.items()}
+        self.log(metrics | {"eval_seconds": self.spent})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.progress:
+            self.progress(f"epoch {self.state.epoch:.0f}, {self.spent:.0f} s: NDCG@10 {metrics['eval_ndcg10']:.4f}")
+        self.resumed = time.perf_counter()
+        return metrics

@@ -1,0 +1,91 @@
+"""The sequence encoder on a planted order: it learns, it repeats, and padding changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+
+from paper_src import encoder
+from paper_src.compaction import compact
+from paper_src.encoder import Settings
+from paper_src.recommend import metrics_of, ranks
+
+ITEMS = 12
+
+
+def chains(users=60, length=8, seed=0):
+    """Planted: item i is always followed by i + 1."""
+    starts = np.random.default_rng(seed).integers(0, ITEMS, users)
+    return [(start + np.arange(length)) % ITEMS for start in starts]
+
+
+class TestTrained:
+    def fit(self, folder, body=None, seed=0, **settings):
+        train = chains()
+        validation = ([items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)]))
+        torch.manual_seed(seed)
+        body = body or encoder.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        chosen = Settings(
+            **({"length": 8, "learning_rate": 1e-2, "body_rate": 1e-2, "epochs": 12, "patience": 12} | settings),
+            seed=seed,
+        )
+        vectors = encoder.random_vectors(ITEMS, 16)
+        return encoder.train(body, vectors, train, validation, folder, chosen)
+
+    def score(self, model):
+        histories = [items[:5] for items in chains(seed=2)]
+        return metrics_of(ranks(encoder.trained(model, 8), histories, np.array([i[5] for i in chains(seed=2)])))
+
+    def test_a_planted_order_is_learned(self, tmp_path):
+        model, history = self.fit(tmp_path)
+        assert self.score(model)["hr5"].mean() > 0.95
+        assert (metrics_of(ranks(encoder.trained(model, 8), [i[:5] for i in chains(seed=2)],
+                                 np.array([i[5] for i in chains(seed=2)])))["mrr"] == 1).mean() > 0.9  # fmt: skip
+        assert history[-1]["ndcg10"] > history[0]["ndcg10"]
+
+    def test_a_compact_language_model_is_a_body(self, tmp_path):
+        small = compact(build_model("llama"), (0, 3))
+        model, _ = self.fit(tmp_path, body=small.model)
+        assert self.score(model)["mrr"].mean() > 0.9
+
+    def test_the_same_seed_gives_the_same_weights(self, tmp_path):
+        first, second, third = (self.fit(tmp_path / str(n), seed=seed, epochs=2)[0] for n, seed in enumerate((0, 0, 1)))
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        assert not torch.equal(first.head.weight, third.head.weight)
+
+    def test_the_body_has_a_rate_of_its_own(self, tmp_path):
+        torch.manual_seed(0)
+        body = encoder.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        before = {name: value.clone() for name, value in body.state_dict().items()}
+        model, _ = self.fit(tmp_path, body=body, epochs=1, body_rate=0.0)
+        assert all(torch.equal(value, before[name]) for name, value in model.body.state_dict().items())
+        assert not torch.equal(model.items.weight, encoder.random_vectors(ITEMS, 16))
+
+    def test_the_best_epoch_is_kept(self, tmp_path):
+        model, history = self.fit(tmp_path, epochs=4)
+        validation = [items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)])
+        found = metrics_of(ranks(encoder.trained(model, 8), *validation))["ndcg10"].mean()
+        assert found == pytest.approx(max(row["ndcg10"] for row in history), rel=1e-6)
+
+    def test_padding_changes_nothing(self):
+        torch.manual_seed(0)
+        model = encoder.SequenceModel(encoder.sasrec_body(16, 1, 2, 8), encoder.random_vectors(ITEMS, 16)).eval()
+        short, long = np.array([1, 2]), np.array([3, 4, 5, 6, 7])
+        together = encoder.trained(model, 8)([short, long])
+        alone = torch.cat([encoder.trained(model, 8)([items]) for items in (short, long)])
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+    def test_item_vectors_are_white_and_keep_neighbours(self):
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(200, 8, generator=generator) * torch.tensor([9.0, 5, 3, 2, 1, 0.5, 0.1, 0.01])
+        vectors = encoder.item_vectors(states, 4)
+        torch.testing.assert_close(vectors.T @ vectors / 200, 0.02**2 * torch.eye(4), atol=1e-6, rtol=1e-3)
+
+    def test_bad_input(self, tmp_path, refused):
+        with refused("no training sequence has two items"):
+            encoder.train(encoder.sasrec_body(16, 1, 2, 8), encoder.random_vectors(4, 16), [np.array([1])],
+                            ([np.array([1])], np.array([2])), tmp_path, Settings())  # fmt: skip
+        with refused("ask for at most 3"):
+            encoder.item_vectors(torch.zeros(5, 3), 4)
+        with refused("the loss is (nan|inf) at step"):
+            self.fit(tmp_path, learning_rate=1e38, batch_size=4)
