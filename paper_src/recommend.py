@@ -35,25 +35,24 @@ def ranks(scorer: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray, 
     Raises:
         InputError: an empty history, a target that the user has had, or a score that is NaN.
     """
-    found = []
-    for low in range(0, len(histories), batch_size):
-        part, wanted = histories[low : low + batch_size], torch.as_tensor(targets[low : low + batch_size])
-        if empty := [low + index for index, items in enumerate(part) if len(items) == 0]:
-            raise InputError(f"user {empty[0]} has an empty history: nothing can be recommended")
+    lengths = np.array([len(items) for items in histories])
+    if (lengths == 0).any():
+        raise InputError(f"user {lengths.argmin()} has an empty history: nothing can be recommended")
+    found = np.empty(len(histories), dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")  # histories of like length need little padding
+    for low in range(0, len(order), batch_size):
+        users = order[low : low + batch_size]
+        part = [histories[user] for user in users]
         scores = scorer(part).float().cpu()
-        if scores.isnan().any():
-            raise InputError(
-                f"scores of user {low + int(scores.isnan().any(1).nonzero()[0])} are NaN: retrain or refit"
-            )
-        rows = torch.arange(len(part)).repeat_interleave(torch.tensor([len(items) for items in part]))
+        if (broken := scores.isnan().any(1)).any():
+            raise InputError(f"scores of user {users[int(broken.nonzero()[0])]} are NaN: retrain or refit")
+        rows = torch.arange(len(part)).repeat_interleave(torch.as_tensor(lengths[users]))
         scores[rows, torch.as_tensor(np.concatenate(part))] = -torch.inf
-        own = scores.gather(1, wanted[:, None])
-        if own.isneginf().any():
-            raise InputError(
-                f"user {low + int(own.isneginf().nonzero()[0, 0])} has had the target before: drop repeats"
-            )
-        found.append((scores >= own).sum(1))
-    return torch.cat(found).numpy()
+        own = scores.gather(1, torch.as_tensor(targets[users])[:, None])
+        if (had := own.isneginf()).any():
+            raise InputError(f"user {users[int(had.nonzero()[0, 0])]} has had the target before: drop repeats")
+        found[users] = (scores >= own).sum(1)
+    return found
 
 
 def metrics_of(found: np.ndarray) -> dict[str, np.ndarray]:
@@ -102,7 +101,7 @@ def text_states(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    length: int = 24,
+    length: int = 20,
     batch_size: int = 64,
     progress: Callable = iter,
 ) -> Tensor:

@@ -26,16 +26,18 @@ class TestRanks:
         scores = [[9.0, 8.0, 7.0, 1.0]]
         assert ranks(fixed(scores), [np.array([0, 1, 2])], np.array([3])).tolist() == [1]
 
-    def test_parts_are_as_the_whole(self):
+    def test_parts_are_as_the_whole_and_in_the_order_given(self):
         generator = np.random.default_rng(0)
         table = torch.as_tensor(generator.normal(size=(30, 50)))
-        histories = [np.array([user]) for user in range(30)]
+        histories = [np.array([user, *generator.integers(0, 30, generator.integers(0, 5))]) for user in range(30)]
         targets = generator.integers(30, 50, 30)
 
         def scorer(part):
             return table[[int(items[0]) for items in part]]
 
-        assert np.array_equal(ranks(scorer, histories, targets, 7), ranks(scorer, histories, targets, 100))
+        alone = [ranks(scorer, [items], targets[[user]])[0] for user, items in enumerate(histories)]
+        for size in (7, 100):
+            assert ranks(scorer, histories, targets, size).tolist() == alone
 
     def test_bad_input(self, refused):
         with refused("user 1 has an empty history"):
