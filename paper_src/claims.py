@@ -27,7 +27,7 @@ class Claim:
     Attributes:
         name: stable identifier.
         reported: what the earlier report says.
-        values: from the tables to the numbers of ``ours``.
+        values: from the tables to the numbers of ``ours``; None where an optional section was not run.
         ours: our finding; its fields are filled from ``values``.
         holds: whether the earlier claim holds on our numbers.
         rule: ``holds`` in words.
@@ -37,7 +37,7 @@ class Claim:
 
     name: str
     reported: str
-    values: Callable[[Read], dict[str, float]]
+    values: Callable[[Read], dict[str, float] | None]
     ours: str
     holds: Callable[[dict[str, float]], bool]
     rule: str
@@ -50,6 +50,8 @@ def table(read: Read, claims: tuple[Claim, ...] | None = None) -> pd.DataFrame:
     rows = []
     for claim in claims or CLAIMS:
         values = claim.values(read)
+        if values is None:  # a section that was not run
+            continue
         rows.append({
             "name": claim.name,
             "reported": claim.reported,
@@ -230,15 +232,17 @@ def _recommendation(read: Read) -> list[dict[str, object]]:
     for name in ("t6_movielens", "t6_amazon"):
         try:
             table = read(name)
-        except (InputError, FileNotFoundError):  # the data may not be on this machine
+        except (InputError, FileNotFoundError):  # not run, or its data are not on this machine
             continue
         rows += table.to_dict("records")
     return rows
 
 
-def _still_recommends(read: Read) -> dict[str, object]:
+def _still_recommends(read: Read) -> dict[str, object] | None:
     """The better of the cut and the repaired model, trained, beside the full one and SASRec on the same users."""
     rows = pd.DataFrame(_recommendation(read))
+    if rows.empty:
+        return None
     parts, shares = [], []
     for name, table in rows.groupby("dataset", sort=False):
         by_name = table.set_index(["method", "model"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import encoder, fidelity, recommend, timing
+from paper_src import InputError, encoder, fidelity, recommend, timing
 from paper_src.compaction import compact
 from paper_src.interactions import Interactions, leave_last_out
 from paper_src.models import count_parameters
@@ -22,7 +22,13 @@ SASREC_WIDTH = 64
 
 
 def variants(full: PreTrainedModel, kept: Sequence[int], recovered: Path) -> dict[str, PreTrainedModel]:
-    """name -> model: full, cut to ``kept``, the same repaired (a checkpoint), and the first layers, as SLMRec takes."""
+    """name -> model: full, cut to ``kept``, the same repaired (a checkpoint), and the first layers, as SLMRec takes.
+
+    Raises:
+        InputError: the checkpoint is not there.
+    """
+    if not recovered.is_dir():
+        raise InputError(f"{recovered} is missing: run ./reproduce.sh --only 05_recovery --force")
     repaired = AutoModelForCausalLM.from_pretrained(recovered, dtype=full.dtype).to(full.device).eval()
     return {"full": full, "compact": compact(full, kept), "recovered": repaired,
             "first_layers": compact(full, range(len(kept)))}  # fmt: skip

@@ -69,14 +69,3 @@ def test_every_stage_of_recovery_is_there_and_adds_no_parameters(read):
         assert part["kept"].nunique() == 1
         assert (part["parameters_added"] == 0).all()
         assert part["ppl_ratio"].is_monotonic_decreasing
-
-
-@pytest.mark.parametrize("name", ["t6_movielens", "t6_amazon"])
-def test_recommenders_stand_beside_those_without_a_model(read, name):
-    table = read(name).set_index(["method", "model"])
-    for method in ("frozen", "trained"):
-        assert {"full", "compact", "recovered", "first_layers"} == set(table.loc[method].index)
-    assert {("most_popular", "none"), ("item_knn", "none"), ("sasrec", "all users")} <= set(table.index)
-    assert (table["ndcg10_lo"] <= table["ndcg10"]).all()
-    assert (table["hr5"] <= table["hr10"]).all()
-    assert table["n_items"].nunique() == 1  # the whole catalogue for everyone

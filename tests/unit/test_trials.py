@@ -63,6 +63,11 @@ def test_variants_are_the_kept_the_repaired_and_the_first_layers(tmp_path, llama
     assert torch.equal(writers(found["recovered"])[1], writers(llama)[3])
 
 
+def test_a_missing_checkpoint_says_what_makes_it(tmp_path, llama, refused):
+    with refused("recovered_2 is missing: run ./reproduce.sh --only 05_recovery"):
+        trials.variants(llama, (0, 3), tmp_path / "recovered_2")
+
+
 def test_a_contest_leaves_the_models_alone_and_fills_every_row(tmp_path, tokenizer):
     full = build_model("llama", vocab_size=300)
     before = {name: value.clone() for name, value in full.state_dict().items()}
