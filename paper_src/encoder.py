@@ -23,7 +23,7 @@ from paper_src.recommend import Scorer, metrics_of, ranks
 IGNORED = -100
 
 
-def item_vectors(states: Tensor, width: int, seed: int = 0) -> Tensor:
+def item_vectors(states: Tensor, width: int) -> Tensor:
     """(I, width) start of the item vectors: the largest principal components of the texts' states, in equal measure.
 
     With whitening no component drowns the others; the scale is that of a usual embedding, 0.02 a number.
