@@ -130,7 +130,7 @@ def load(name: str, data_dir: str = "", core: int = 5, min_rating: float = 0.0) 
         InputError: unknown name, broken files, a missing column, or nothing left.
     """
     if name in MOVIELENS:
-        files = [fetch(asset) for asset in MOVIELENS[name]]
+        files = [fetch(asset, *MOVIELENS[name]) for asset in MOVIELENS[name]]
         events, texts = _atomic(*files)
     elif name == "amazon-beauty":
         files, events, texts = _amazon(

