@@ -1,6 +1,7 @@
 """Token blocks for calibration, validation and test, from splits that never overlap."""
 
 import gzip
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,11 +53,11 @@ def load_text(name: str, split: str) -> tuple[str, str]:
     if split not in WIKITEXT2:
         raise InputError(f"split {split!r}: use one of {sorted(WIKITEXT2)}")
     if name == "wikitext-2":
-        path = fetch(WIKITEXT2[split])
+        path = fetch(WIKITEXT2[split], *WIKITEXT2.values())
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return file.read(), sha256(path)
     if name in DOMAINS:
-        path = fetch(DOMAINS[name])
+        path = fetch(DOMAINS[name], *DOMAINS.values())
         return _pieces(path.read_text(encoding="utf-8"), PIECES[split]), sha256(path)
     path = Path(name).expanduser() / f"{split}.txt"
     if not path.is_file():
@@ -78,10 +79,10 @@ def _pieces(text: str, wanted: range, count: int = 50) -> str:
 def mixed_blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
 ) -> Tensor:
-    """Token ids (count, length): :func:`token_blocks` of each of ``texts`` in equal shares, in turn."""
-    shares = [len(range(index, count, len(texts))) for index in range(len(texts))]
-    parts = [token_blocks(tokenizer, text, n, length, seed) for text, n in zip(texts, shares, strict=True) if n]
-    return torch.stack([parts[index % len(texts)][index // len(texts)] for index in range(count)])
+    """Token ids (count, length): :func:`token_blocks` of each of ``texts`` in turn; one named twice has two shares."""
+    owners = [texts[index % len(texts)] for index in range(count)]
+    parts = {text: iter(token_blocks(tokenizer, text, n, length, seed)) for text, n in Counter(owners).items()}
+    return torch.stack([next(parts[text]) for text in owners])
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:

@@ -159,7 +159,7 @@ def mixes(
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int) -> Tensor:
-    """(count, length) token ids of the calibration split of ``texts``, in equal shares."""
+    """(count, length) token ids of the calibration split of ``texts``, each as often as it is named."""
     return data.mixed_blocks(tokenizer, [data.load_text(name, "train")[0] for name in texts], count, length, seed)
 
 

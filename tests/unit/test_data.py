@@ -77,7 +77,7 @@ def test_wikitext_is_unpacked_from_the_pinned_file_of_its_split(tmp_path, monkey
     packed = tmp_path / "test.raw.gz"
     packed.write_bytes(gzip.compress("= Größe =\n".encode()))
     assets = []
-    monkeypatch.setattr(data, "fetch", lambda asset: assets.append(asset) or packed)
+    monkeypatch.setattr(data, "fetch", lambda asset, *others: assets.append(asset) or packed)
     assert load_text("wikitext-2", "test") == ("= Größe =\n", sha256(packed))
     assert assets == [data.WIKITEXT2["test"]]
 
@@ -116,3 +116,10 @@ def test_mixed_blocks_take_texts_in_turn(tokenizer):
     assert [("a" in tokenizer.decode(block), "b" in tokenizer.decode(block)) for block in found] == [
         (True, False), (False, True), (True, False), (False, True), (True, False)
     ]  # fmt: skip
+
+
+def test_mixed_blocks_draw_other_windows_for_each_share(tokenizer):
+    letters = " ".join(f"{n:04d}" for n in range(600))
+    found = data.mixed_blocks(tokenizer, [letters, "b " * 200, letters], 6, 8, seed=0)
+    first = [tuple(block.tolist()) for block in found if "b" not in tokenizer.decode(block)]
+    assert len(set(first)) == 4
