@@ -119,7 +119,7 @@ rule recovery:
         RUN
 
 
-# Asked for by name only: the summary takes its tables where they are. t6_amazon is made only where its data are.
+# t6_amazon is made only where its data are.
 rule recommendation:
     input:
         sources(
@@ -131,6 +131,23 @@ rule recommendation:
         tables("t6_movielens"),
         figures("f6_recommendation"),
         record("06_recommendation"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule baselines:
+    input:
+        sources(
+            "07_baselines", "baselines", "budgets", "comparison", "zeroshot", "data", "compaction", "fidelity", "layers", "recovery",
+            "distillation", "repairs", "figures",
+        ),
+        tables("t2_selection", "t5_recovery"),
+        f"{OUT}/notebooks/05_recovery.ipynb",
+    output:
+        tables("t7_baselines", "t7_budgets"),
+        figures("f7_pareto"),
+        record("07_baselines"),
     threads: workflow.cores
     shell:
         RUN
@@ -155,7 +172,7 @@ rule summary:
         "paper_src/summary.md.j2",
         tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
         tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t4_strategies", "t8_controls", "t8_scores"),
-        tables("t5_selection", "t5_mix", "t5_recovery"),
+        tables("t5_selection", "t5_mix", "t5_recovery", "t6_movielens", "t7_baselines", "t7_budgets"),
     output:
         tables("t9_claims"),
         f"{OUT}/SUMMARY.md",

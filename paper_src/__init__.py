@@ -4,10 +4,16 @@ Each module holds one idea; the notebooks call them in order. Import the module 
 for example ``from paper_src import models, scoring``.
 """
 
+import logging
 import warnings
 
 # tqdm.auto, which transformers imports, asks for ipywidgets in a notebook; our bars are plain text
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+
+# transformers imports torchao, which reports each kernel of other hardware that it cannot load
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class InputError(ValueError):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
@@ -102,6 +103,7 @@ def facts(read: Read) -> dict[str, object]:
         "controls": read("t8_controls").to_dict("records"),
         "recovery": _recovery(read),
         "recommendation": _recommendation(read),
+        "baselines": _baselines(read),
     }
 
 
@@ -223,6 +225,42 @@ def _repaired(read: Read) -> dict[str, float]:
         "agreement": low["top1_agreement"], "tokens": int(low["tokens"]), "large_k": largest,
         "large_cosine": high["cosine"], "large_ppl": high["ppl_ratio"],
         "trivial": table.loc[table["selection"] == "trivial", "cosine"].item(),
+    }  # fmt: skip
+
+
+def _baselines(read: Read) -> dict[str, object]:
+    """The comparison at the smallest size and of methods without one, and what to pick for a budget."""
+    table = read("t7_baselines")
+    table = table.assign(status=table["status"].fillna(""), zeros=table["zeros"].fillna(0))
+    k = int(table.loc[table["k"] > 0, "k"].min())
+    rows = table[table["k"].isin([0, k]) | (table["family"] == "full")]
+    return {
+        "k": k,
+        "rows": rows.to_dict("records"),
+        "columns": [name.removesuffix("_se") for name in table if name.endswith(("_acc_se", "_acc_norm_se"))],
+        "items": int(table[[name for name in table if name.endswith("_n")]].max().max()),
+        "budgets": read("t7_budgets").to_dict("records"),
+    }
+
+
+def _compared(read: Read) -> dict[str, float]:
+    """Removing layers beside narrower and thinner ones after the same recovery, and beside int8."""
+    table = read("t7_baselines")
+    k = int(table.loc[table["recovered"], "k"].replace(0, np.nan).min())
+    after = table[table["recovered"] & (table["k"] == k)].set_index("method")
+    before = table[~table["recovered"]]
+    thin = after.loc[after.index.str.startswith("SVD"), "ppl_ratio"].idxmin()
+    int8, both, alone = (before[(before["method"] == name) & before["k"].isin([0, k])].iloc[0] for name in
+                         ("int8 weights, torchao", "cut, section 5, + int8", "layers cut, section 5"))  # fmt: skip
+    best = after["ppl_ratio"].idxmin()
+    return {
+        "k": k, "cut": after.loc["layers cut", "ppl_ratio"], "cut_x": after.loc["layers cut", "prefill_hidden_speedup"],
+        "width": after.loc["width", "ppl_ratio"], "width_x": after.loc["width", "prefill_hidden_speedup"],
+        "thin": after.loc[thin, "ppl_ratio"], "thin_x": after.loc[thin, "prefill_hidden_speedup"],
+        "best": best, "best_ppl": after.loc[best, "ppl_ratio"],
+        "int8": int8["ppl_ratio"], "int8_x": int8["prefill_hidden_speedup"], "int8_share": int8["memory_share"],
+        "both": both["ppl_ratio"], "both_x": both["prefill_hidden_speedup"], "both_share": both["memory_share"],
+        "alone": alone["ppl_ratio"],
     }  # fmt: skip
 
 
@@ -489,6 +527,20 @@ CLAIMS = (
         rule="the smallest model reaches the target on test text",
         expected=None,
         source="t5_recovery (05_recovery)",
+    ),
+    Claim(
+        name="against-pruning-and-quantization",
+        reported="A comparison with pruning and quantization is left open.",
+        values=_compared,
+        ours="At the size of k = {k}, after the same small recovery: layers cut {cut:.1f} times the full model's "
+        "perplexity at {cut_x:.2f} times its speed, narrower layers {width:.1f} at {width_x:.2f}, low rank {thin:.1f} "
+        "at {thin_x:.2f} (lowest of all: {best}, {best_ppl:.1f}). Untrained int8 weights: {int8:.3f} at {int8_x:.2f} "
+        "and {int8_share:.0%} of the float32 bytes; the model of section 5 in int8: {both:.2f} ({alone:.2f} before) "
+        "at {both_x:.2f} and {both_share:.0%}.",
+        holds=lambda v: v["cut"] <= min(v["width"], v["thin"], v["best_ppl"]) and v["cut_x"] >= 3,
+        rule="at three times the speed and of all at this size the lowest perplexity",
+        expected=None,
+        source="t7_baselines (07_baselines)",
     ),
     Claim(
         name="recommendation",

@@ -43,7 +43,8 @@ def random_vectors(items: int, width: int, seed: int = 0) -> Tensor:
 def sasrec_body(width: int = 64, layers: int = 2, heads: int = 2, length: int = 50, dropout: float = 0.2) -> GPT2Model:
     """A causal Transformer of SASRec's size (arXiv:1808.09781), which is what transformers' GPT-2 is at that size."""
     config = GPT2Config(vocab_size=1, n_positions=length, n_embd=width, n_layer=layers, n_head=heads,
-                        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)  # fmt: skip
+                        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+                        bos_token_id=None, eos_token_id=None)  # fmt: skip
     return GPT2Model(config)
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from paper_src import reported
+from paper_src.budgets import LATER, frontier
 from paper_src.report import kept_tuple
 
 STYLE = {
@@ -379,6 +380,58 @@ def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
             right.set_xlabel("users a second at inference")
             right.set_ylabel("NDCG@10")
             right.set_title("trained models: quality and speed")
+    plt.close(figure)
+    return figure
+
+
+FAMILIES = {
+    "full": ("black", "*"),
+    "quantization": (PURPLE, "o"),
+    "sparsity": (GREY, "s"),
+    "width": (GREEN, "^"),
+    "low rank": (SKY, "v"),
+    "depth": (BLUE, "D"),
+    "combination": (RED, "P"),
+}
+
+
+def pareto(table: pd.DataFrame) -> Figure:
+    """Perplexity over the full model's against measured speed and against bytes, with the frontier.
+
+    Hollow points are as they are, full ones were trained; the frontier is of all.
+
+    Args:
+        table: t7_baselines.
+    """
+    rows = table[table["ppl_ratio"].notna()]
+    trained = rows["recovered"] | rows["method"].str.contains(LATER)
+    panels = {
+        "prefill_hidden_speedup": "prefill speedup over the full model",
+        "decode_speedup": "decode speedup over the full model",
+        "memory_share": "bytes of weights / full model in float32",
+    }
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 4.8), sharey=True)
+        for axis, (cost, label) in zip(axes, panels.items(), strict=True):
+            for family, (colour, marker) in FAMILIES.items():
+                for done in (False, True):
+                    part = rows[(rows["family"] == family) & (trained == done)]
+                    axis.scatter(part[cost], part["ppl_ratio"], s=34, marker=marker, edgecolors=colour,
+                                 facecolors=colour if done or family == "full" else "none", zorder=3,
+                                 label=family if done == (family in ("width", "low rank", "depth", "sparsity",
+                                                                      "combination")) else None)  # fmt: skip
+            best = rows[frontier(rows, cost, cost.endswith("speedup"))].sort_values(cost)
+            axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2)
+            for row in best.itertuples():
+                name = row.method + (f", k = {row.k}" if row.k and row.family != "full" else "")
+                axis.annotate(name, (getattr(row, cost), row.ppl_ratio), size=6.5, textcoords="offset points",
+                              xytext=(5, 3), rotation=20)  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_xlabel(label)
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axes[0].set_ylabel("perplexity / full model's")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     plt.close(figure)
     return figure
 

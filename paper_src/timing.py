@@ -89,6 +89,17 @@ def compare_speed(
     ]
 
 
+def pair_seconds(
+    first: PreTrainedModel, second: PreTrainedModel, workload: Workload, rounds: int, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """Seconds of ``rounds`` runs of two models, interleaved, after one run each that warms up."""
+    models, prompt = (first, second), _prompt(first, workload, seed)
+    for model in models:
+        run_seconds(model, workload, prompt)
+    seconds = interleaved((0, 1), lambda place: run_seconds(models[place], workload, prompt), rounds)
+    return seconds[0], seconds[1]
+
+
 def interleaved(keys: Sequence, timed: Callable[..., float], rounds: int) -> dict[object, list[float]]:
     """key -> ``rounds`` times what ``timed(key)`` gives, all keys in every round, in an order that rotates."""
     seconds, order = {key: [] for key in keys}, list(keys)

@@ -69,3 +69,25 @@ def test_every_stage_of_recovery_is_there_and_adds_no_parameters(read):
         assert part["kept"].nunique() == 1
         assert (part["parameters_added"] == 0).all()
         assert part["ppl_ratio"].is_monotonic_decreasing
+
+
+def test_recommenders_stand_beside_popularity_and_the_full_catalogue(read):
+    for name in ("t6_movielens", "t6_amazon"):
+        rows = read(name).set_index(["method", "model"])
+        assert {("most_popular", "none"), ("item_knn", "none"), ("sasrec", "all users")} <= set(rows.index)
+        assert {"full", "compact", "recovered", "first_layers"} <= set(rows.loc["trained"].index)
+        assert (rows["n_items"] > 3000).all()  # items are never sampled
+        assert (rows["ndcg10_lo"] <= rows["ndcg10"]).all()
+
+
+def test_every_baseline_has_numbers_or_says_why_not(read):
+    table = read("t7_baselines")
+    none = table["ppl_ratio"].isna()
+    assert table.loc[none, "status"].str.startswith("not supported: ").all()
+    assert table.loc[~none, "status"].isna().all()
+    assert table.loc[table["method"] == "full model", "ppl_ratio"].item() == pytest.approx(1, abs=1e-6)
+    for name, share in (("Wanda 50%", 0.5), ("Wanda 75%", 0.75), ("Wanda 2:4", 0.5), ("magnitude 50%", 0.5)):
+        assert table.loc[table["method"] == name, "zeros"].to_numpy() == pytest.approx(share, abs=0.002)
+    sizes = table[table["method"] == "layers cut"].drop_duplicates("k").set_index("k")["parameters"]
+    for _, row in table[table["family"].isin(["width", "low rank"])].iterrows():
+        assert 0.9 * sizes[row["k"]] < row["parameters"] <= sizes[row["k"]]

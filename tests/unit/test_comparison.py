@@ -1,0 +1,120 @@
+"""The comparison's rows: sizes on disk, what cannot run, lost layers, frontier and budgets."""
+
+import pandas as pd
+import pytest
+import torch
+from conftest import build_model
+
+from paper_src import baselines, budgets, comparison, distillation, repairs, timing
+from paper_src.compaction import compact
+from paper_src.models import decoder_layers
+
+SHAPE = {"vocab_size": 300, "max_position_embeddings": 128, "num_key_value_heads": 4}
+
+
+@pytest.fixture
+def bench(tmp_path, tokenizer, make_blocks):
+    words = "the cat sat on the mat and the dog ran "
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(words * 60)
+    model = build_model("llama", **SHAPE)
+    judges = [repairs.Judge(model, tokenizer, [str(tmp_path)], split, (3, 16), torch.zeros(32), 0)
+              for split in ("test", "valid")]  # fmt: skip
+    return comparison.Bench(
+        model, tokenizer, make_blocks(16, 16, vocab=300), judges[0], judges[1].first, [],
+        [timing.Workload("prefill_hidden", 1, 8)], 2, tmp_path / "work",
+        distillation.Settings(batch_size=4, evaluate_every=2, learning_rate=1e-3),
+    )  # fmt: skip
+
+
+def test_bytes_are_those_of_the_weights(bench):
+    full = bench.full
+    count = sum(parameter.numel() for parameter in full.parameters())
+    sizes = comparison.bytes_of(full)
+    assert comparison.count_of(full) == count
+    assert sizes["memory_bytes"] == 4 * count
+    assert 4 * count <= sizes["disk_bytes"] < 4.2 * count + 20_000
+    half = comparison.bytes_of(baselines.cast(full, torch.bfloat16))
+    assert half["memory_bytes"] == 2 * count
+    cut = compact(full, (0, 3))
+    assert comparison.bytes_of(cut)["memory_bytes"] == 4 * sum(parameter.numel() for parameter in cut.parameters())
+
+
+@pytest.mark.parametrize("quantized", [
+    lambda model: baselines.torchao_quantized(model, "int8_weight"), baselines.dynamic_quantized
+])  # fmt: skip
+def test_int8_weights_take_a_byte_each(bench, quantized):
+    full = bench.full
+    small = quantized(full)
+    inside = sum(linear.weight.numel() for _, linear in baselines.linears(full))
+    outputs = sum(len(linear.weight) for _, linear in baselines.linears(full))
+    saved = comparison.bytes_of(full)["memory_bytes"] - comparison.bytes_of(small)["memory_bytes"]
+    assert 3 * inside - 20 * outputs <= saved <= 3 * inside
+    assert comparison.count_of(small) == pytest.approx(comparison.count_of(full), rel=0.02)
+
+
+def test_tied_weights_count_once():
+    model = build_model("llama", **SHAPE, tie_word_embeddings=True)
+    assert comparison.count_of(model) == sum(parameter.numel() for parameter in model.parameters())
+    assert comparison.bytes_of(model)["memory_bytes"] == 4 * comparison.count_of(model)
+
+
+def test_a_zeroed_layer_is_found(bench, refused):
+    comparison.require_alive(bench.full, bench.blocks[:1])
+    broken = compact(bench.full, (0, 1, 2, 3))
+    for parameter in decoder_layers(broken)[2].parameters():
+        parameter.data = torch.zeros_like(parameter)
+    with refused("layer 2 hands on what it is given"):
+        comparison.require_alive(broken, bench.blocks[:1])
+
+
+def test_a_lost_layer_is_found(bench, refused):
+    broken = compact(bench.full, (0, 1, 2))
+    broken.config.num_hidden_layers = 4
+    with refused("no list of 4 layers|3 layers, its configuration 4"):
+        comparison.require_alive(broken, bench.blocks[:1])
+
+
+def test_rows_before_and_after_recovery_and_what_is_not_supported(bench):
+    def refuse():
+        raise baselines.NotSupported("no kernel")
+
+    full = bench.full
+    methods = [
+        comparison.Entry("int4", "quantization", 0, refuse),
+        comparison.Entry("Wanda 50%", "sparsity", 0, lambda: baselines.wanda(full, bench.moments, 0.5), "masked"),
+        comparison.Entry("layers cut", "depth", 2, lambda: compact(full, (0, 3)), "refit", (0, 3)),
+        comparison.Entry("early exit", "depth", 3, lambda: compact(full, range(3)), "plain"),
+    ]
+    found = comparison.table(bench, methods, recover_k=[0, 2])
+    assert found["method"].tolist() == ["full model", "int4", "Wanda 50%", "layers cut", "early exit", "Wanda 50%",
+                                        "layers cut"]  # fmt: skip
+    rows = found.set_index(["method", "recovered"])
+    assert rows.loc[("int4", False), "status"] == "not supported: no kernel"
+    assert rows.loc[("int4", False)].drop(["family", "k", "status"]).isna().all()
+    assert rows.loc[("full model", False), "ppl_ratio"] == pytest.approx(1)
+    assert rows.loc[("Wanda 50%", True), "zeros"] == pytest.approx(0.5, abs=1e-6)
+    for name in ("Wanda 50%", "layers cut"):
+        assert rows.loc[(name, True), "kl_nats"] < rows.loc[(name, False), "kl_nats"]
+        assert rows.loc[(name, True), "parameters"] == rows.loc[(name, False), "parameters"]
+    assert (found["status"] == "").sum() == 6
+
+
+def test_the_frontier_has_what_nothing_beats():
+    frame = pd.DataFrame({"cost": [1.0, 2.0, 3.0, 3.0, 2.0], "ppl_ratio": [5.0, 3.0, 4.0, 2.0, 3.0]})
+    assert budgets.frontier(frame, "cost", larger_is_better=False).tolist() == [True, True, False, True, True]
+    assert budgets.frontier(frame, "cost", larger_is_better=True).tolist() == [False, False, False, True, False]
+
+
+def test_budgets_name_the_best_that_meets_them():
+    frame = pd.DataFrame({
+        "method": ["full model", "a", "b", "b", "cut, section 5"], "k": [4, 0, 2, 2, 2],
+        "recovered": [False, False, False, True, False], "ppl_ratio": [1.0, 1.2, 9.0, 2.0, 1.5],
+        "prefill_hidden_speedup": [1.0, 1.0, 3.5, 3.5, 3.5], "memory_share": [1.0, 0.25, 0.2, 0.2, 0.2],
+    })  # fmt: skip
+    found = budgets.budgets(frame).set_index(["budget", "limit", "of"])
+    assert found.loc[("prefill_hidden_speedup", 3.0, "as it is"), "method"] == "b"
+    assert not found.loc[("prefill_hidden_speedup", 3.0, "as it is"), "recovered"]
+    assert found.loc[("prefill_hidden_speedup", 3.0, "recovered or not"), "method"] == "cut, section 5"
+    assert found.loc[("memory_share", 0.25, "as it is"), "method"] == "a"
+    assert ("memory_share", 0.15, "as it is") not in found.index
