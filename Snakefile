@@ -46,7 +46,7 @@ RUN = (
 
 rule all:
     input:
-        f"{OUT}/notebooks/09_summary.ipynb",
+        f"{OUT}/report/index.html",
     default_target: True
 
 
@@ -179,3 +179,20 @@ rule summary:
         record("09_summary"),
     shell:
         RUN
+
+
+# One page of all notebooks; a section that was asked for alone is in it the next time.
+rule page:
+    input:
+        f"{OUT}/notebooks/09_summary.ipynb",
+        f"{OUT}/notebooks/03_compaction.ipynb",
+        f"{OUT}/notebooks/04_fidelity.ipynb",
+        f"{OUT}/notebooks/06_recommendation.ipynb",
+        f"{OUT}/notebooks/07_baselines.ipynb",
+        f"{OUT}/notebooks/08_controls.ipynb",
+        "paper_src/page.py",
+        "paper_src/page.html.j2",
+    output:
+        f"{OUT}/report/index.html",
+    shell:
+        f"{sys.executable} -m paper_src.page {OUT} {{output}}"

@@ -120,7 +120,8 @@ run() {
     die "another reproduce.sh is running in this folder: wait for it, or stop it"
   "$python" -m paper_src.execute --results "$results" --profile "profiles/$profile.yaml" --check
 
-  target=$results/notebooks/${only:-09_summary}.ipynb
+  target=$results/report/index.html
+  [ -z "$only" ] || target=$results/notebooks/$only.ipynb
   [ -z "$only" ] || [ ${#force[@]} -eq 0 ] || force=(--force)
   since=$("$python" -c 'import time; print(time.time())')
   local status=0
