@@ -21,7 +21,7 @@ def sources(name, *modules):
     return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code]
 
 
-CAUSAL = ("coalitions", "fidelity", "layers", "store")
+CAUSAL = ("coalitions", "fidelity", "layers", "ranks", "store")
 
 
 def tables(*names):
@@ -106,7 +106,7 @@ rule fidelity:
 rule recovery:
     input:
         sources(
-            "05_recovery", "data", "compaction", "fidelity", "layers", "recovery", "distillation", "repairs",
+            "05_recovery", "data", "compaction", "fidelity", "layers", "recovery", "distillation", "repairs", "ranks",
             "selection", "tables", "figures",
         ),
         tables("t2_selection", "t2_strategies"),
@@ -140,7 +140,7 @@ rule baselines:
     input:
         sources(
             "07_baselines", "baselines", "budgets", "comparison", "zeroshot", "data", "compaction", "fidelity", "layers", "recovery",
-            "distillation", "repairs", "figures",
+            "distillation", "repairs", "ranks", "figures",
         ),
         tables("t2_selection", "t5_recovery"),
         f"{OUT}/notebooks/05_recovery.ipynb",

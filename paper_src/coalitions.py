@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
+from paper_src.ranks import ALONE, Ranks
 from paper_src.store import Evaluation, KeptLayers, Store, View
 
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")
@@ -191,7 +192,12 @@ class ShapleyValues:
 
 
 def shapley(
-    evaluators: Iterable[Evaluator], target: float = 0.05, shifts: int = 3, seed: int = 0, least: int = 4
+    evaluators: Iterable[Evaluator],
+    target: float = 0.05,
+    shifts: int = 3,
+    seed: int = 0,
+    least: int = 4,
+    ranks: Ranks = ALONE,
 ) -> ShapleyValues:
     """Shapley values of the layers in the game v(S) = -metric(S), by sampled permutations.
 
@@ -206,14 +212,13 @@ def shapley(
         shifts: cyclic shifts a group.
         seed: of the permutations.
         least: groups before the stopping rule is asked.
+        ranks: who shares the groups; each gives its own evaluators, and all get the values of one process.
 
     Raises:
         InputError: fewer than two evaluators, or values that do not sum to v(all) - v(none).
     """
-    generator = Random(seed)
     groups, gaps, coalitions = [], [], []
-    for evaluator in evaluators:
-        values, gap, walked = _shapley_group(evaluator, shifts, generator)
+    for values, gap, walked in _shapley_groups(evaluators, shifts, Random(seed), ranks):
         groups.append(values)
         gaps.append(gap)
         coalitions.append(walked)
@@ -225,10 +230,27 @@ def shapley(
     return result
 
 
-def _shapley_group(evaluator: Evaluator, shifts: int, generator: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Group = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _shapley_groups(evaluators: Iterable[Evaluator], shifts: int, generator: Random, ranks: Ranks) -> Iterator[Group]:
+    """Groups in the order of their permutations, whichever rank worked one out."""
+    evaluators = iter(evaluators)
+    while True:
+        own = None
+        if (evaluator := next(evaluators, None)) is not None:
+            depth = evaluator.depth
+            orders = [generator.sample(range(depth), depth) for _ in range(ranks.world)]
+            own = _shapley_group(evaluator, shifts, orders[ranks.rank])
+        found = [group for group in ranks.gathered(own) if group is not None]
+        if not found:
+            return
+        yield from found
+
+
+def _shapley_group(evaluator: Evaluator, shifts: int, order: list[int]) -> Group:
     """(L, M) values of one group, (M,) by how much they miss their sum, (n, 1 + M) sizes and metrics walked over."""
     depth = evaluator.depth
-    order = generator.sample(range(depth), depth)
     shifted = [order[start:] + order[:start] for start in (round(i * depth / shifts) for i in range(shifts))]
     permutations = [walk for one in shifted for walk in (one, one[::-1])]
     walked = sorted({tuple(sorted(walk[:n])) for walk in permutations for n in range(depth + 1)})

@@ -18,6 +18,7 @@ from paper_src import InputError
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner, StandIn
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
+from paper_src.ranks import ALONE, Ranks
 
 FORMS = ("down_proj", "mlp_map", "linear", "diagonal")
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)
@@ -48,6 +49,12 @@ class Moments:
         self.xy += x.T @ y
         self.yy += float(y.double().square().sum())
         self.tokens += len(x)
+
+    def over(self, ranks: Ranks) -> "Moments":
+        """The sums of all ranks."""
+        scalars = torch.tensor([self.yy, self.tokens], dtype=torch.float64, device=self.xx.device)
+        yy, tokens = ranks.summed(scalars).tolist()
+        return Moments(ranks.summed(self.xx), ranks.summed(self.xy), yy, round(tokens))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(*(getattr(self, name) + getattr(other, name) for name in ("xx", "xy", "yy", "tokens")))
@@ -97,6 +104,7 @@ def closed_form(
     reach: str = "gaps",
     batch_size: int = 8,
     progress: Callable = iter,
+    ranks: Ranks = ALONE,
 ) -> Recovered:
     """The compact model of ``kept``, refitted so that its states follow the full model's.
 
@@ -128,6 +136,7 @@ def closed_form(
             squares takes away what it cannot predict.
         batch_size: blocks a step.
         progress: wraps the iterable of kept layers.
+        ranks: who shares the batches of ``blocks``; all get the same model.
 
     Raises:
         InputError: unknown form or reach, too few blocks, or a layer that does not add its MLP to its input.
@@ -141,7 +150,7 @@ def closed_form(
     result = Recovered(small, blocks.numel())
     bounds = [*kept, len(decoder_layers(full))]
     with tempfile.TemporaryDirectory() as folder:
-        walk = _Walk(full, small, blocks.to(full.device), batch_size, Path(folder))
+        walk = _Walk(full, small, blocks.to(full.device), batch_size, Path(folder), ranks)
         for position in progress(range(len(kept))):
             stop = bounds[position + 1]
             cut = stop > bounds[position] + 1 if reach == "gaps" else stop > position + 1
@@ -224,9 +233,14 @@ class Tap:
 class _Walk:
     """Both models side by side, layer after layer over all blocks; states (N, T, width) lie in files."""
 
-    def __init__(self, full: PreTrainedModel, small: PreTrainedModel, blocks: Tensor, batch_size: int, folder: Path):
+    def __init__(
+        self, full: PreTrainedModel, small: PreTrainedModel, blocks: Tensor, batch_size: int, folder: Path, ranks: Ranks
+    ):
         self.teacher, self.student = LayerRunner(full), LayerRunner(small)
-        self.blocks, self.folder = blocks, folder
+        batches = blocks.split(batch_size)
+        self.numbers = ranks.mine(range(len(batches)))  # of this rank's batches among all
+        self.blocks, self.folder, self.ranks = torch.cat(ranks.mine(batches)), folder, ranks
+        blocks = self.blocks
         self.parts = [slice(low, low + batch_size) for low in range(0, len(blocks), batch_size)]
         self.reached = 0
         self.states: dict[str, Tensor] = {}
@@ -237,7 +251,7 @@ class _Walk:
     def advance(self, position: int, stop: int, tap: Tap | None) -> tuple[Moments, Moments]:
         """Move the compact model over its layer ``position`` and the full one to before layer ``stop``."""
         moments: list[Moments] = []
-        for number, part in enumerate(self.parts):
+        for number, part in zip(self.numbers, self.parts, strict=True):
             ids = self.blocks[part]
             target = self.teacher.run(ids, self._get("full", part), self.reached, stop)
             before = self._get("small", part).clone()
@@ -246,7 +260,7 @@ class _Walk:
             self._put("full", part, target)
             self._put("small", part, own)
             if tap:
-                if number == 0:
+                if part is self.parts[0]:
                     self.check = (ids, position, before)
                 features = tap.features.reshape(*ids.shape, -1)  # some families flatten them
                 self._put("features", part, features)
@@ -255,7 +269,7 @@ class _Walk:
                     moments = [Moments.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
                 moments[number % HELD_OUT == 1].add(x, y, 1 / t.square().sum(-1))
         self.reached = stop
-        return moments
+        return [each.over(self.ranks) for each in moments]
 
     def correct(self, tap: Tap, solution: Tensor) -> None:
         """Build the correction into the layer and into the states behind it."""

@@ -1,0 +1,102 @@
+"""The same tables from two processes as from one, and what a process that dies leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from paper_src import ranks
+from paper_src.ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"
+SETTINGS = ["--text", str(TEXT), "--length", "32", "--dtype", "float32", "--device", "cpu", "--batch-size", "2"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+REFIT = """
+import sys, torch
+from paper_src import data, models, ranks, recovery
+loaded = models.load_model(sys.argv[1], "float32", "cpu")
+blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train")[0], 37, 32, 0)
+with ranks.started() as shared:
+    found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, ranks=shared)
+    if shared.rank == 0:
+        torch.save({"weights": found.model.state_dict(), "refits": [vars(row) for row in found.refits]}, sys.argv[3])
+"""
+
+
+def launched(processes: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    return [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments]
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, env=ENVIRONMENT, cwd=ROOT, timeout=240, capture_output=True)
+
+
+def measure(processes: int, table: Path, *more: str) -> pd.DataFrame:
+    run(launched(processes, "-m", "paper_src.measure", str(MODEL), str(table), *SETTINGS, *more))
+    return pd.read_csv(table)
+
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    more = ["--sequences", "7", "--leave-one-out", "5", "--shapley", "0.2"]
+    one, two = (measure(n, tmp_path / f"{n}.csv", *more) for n in (1, 2))
+    assert len(one) == 8
+    assert {"fisher", "fisher_se", "leave_one_out_se", "shapley"} <= set(one)
+    pd.testing.assert_frame_equal(two, one, rtol=1e-6, atol=1e-9)
+
+
+def test_two_processes_refit_as_one(tmp_path):
+    script = tmp_path / "refit.py"
+    script.write_text(REFIT)
+    found = []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.pt"
+        run(launched(processes, str(script), str(MODEL), str(TEXT), str(path)))
+        found.append(torch.load(path))
+    one, two = found
+    for a, b in zip(one["refits"], two["refits"], strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
+    table = tmp_path / "scores.csv"
+    command = launched(2, "-m", "paper_src.measure", str(MODEL), str(table), *SETTINGS, "--sequences", "700", "--batch-size", "1")
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert any("2 processes: scoring" in line for line in iter(process.stderr.readline, ""))
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True)
+               if "paper_src.measure" in child.cmdline()]  # fmt: skip
+    workers[1].send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: another process of this run has ended: no table was written" in errors
+    assert list(tmp_path.iterdir()) == []
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_parts_are_dealt_out_and_woven_back():
+    shares = [Ranks(rank, 3).mine(list(range(7))) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    alone = ranks.ALONE
+    assert alone.woven(alone.mine([3, 1, 2])) == [3, 1, 2]
+    assert alone.gathered("x") == ["x"]
+    assert alone.summed(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_weaving_puts_every_share_in_its_place(monkeypatch):
+    shares = [[0, 3, 6], [1, 4], [2, 5]]
+    monkeypatch.setattr(Ranks, "gathered", lambda self, own: shares)
+    assert Ranks(0, 3).woven([]) == list(range(7))
+
+
+def test_more_processes_than_parts_are_refused(refused):
+    with refused("2 parts of the text for 3 processes"):
+        Ranks(0, 3).mine([1, 2])
