@@ -168,14 +168,17 @@ rule controls:
 
 rule summary:
     input:
-        sources("09_summary", "claims", "tables", "reported"),
+        sources("09_summary", "claims", "claims_zh", "facts", "tables", "reported"),
         "paper_src/summary.md.j2",
+        "paper_src/summary.zh-CN.md.j2",
+        "paper_src/summary.rows.j2",
         tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
         tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t4_strategies", "t8_controls", "t8_scores"),
         tables("t5_selection", "t5_mix", "t5_recovery", "t6_movielens", "t7_baselines", "t7_budgets"),
     output:
         tables("t9_claims"),
         f"{OUT}/SUMMARY.md",
+        f"{OUT}/SUMMARY.zh-CN.md",
         record("09_summary"),
     shell:
         RUN

@@ -76,7 +76,7 @@ def summary(results: Path, since: float) -> str:
 def publish(results: Path, target: Path = Path()) -> None:
     """Copy tables, figures, page and summary of ``results`` to the top of the repository, each file whole."""
     files = [file for folder in ("tables", "figures", "report") for file in sorted((results / folder).glob("[!.]*"))]
-    for file in [*files, *results.glob("SUMMARY.md")]:
+    for file in [*files, *results.glob("SUMMARY*.md")]:
         place = target / file.relative_to(results)
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists() or place.read_bytes() != file.read_bytes():

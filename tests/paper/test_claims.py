@@ -1,6 +1,7 @@
 """Every claim of the summary against the committed tables."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,30 @@ def test_no_claim_changed_its_verdict(read):
 def test_summary_is_rendered_from_the_tables(read):
     rendered = claims.summary(read, claims.table(read))
     assert (ROOT / "SUMMARY.md").read_text(encoding="utf-8") == rendered
+
+
+def test_the_chinese_summary_has_the_same_numbers_and_links(read):
+    rendered = claims.summary(read, claims.table(read, language="zh-CN"), "zh-CN")
+    assert (ROOT / "SUMMARY.zh-CN.md").read_text(encoding="utf-8") == rendered
+    pair = [(ROOT / name).read_text(encoding="utf-8") for name in ("SUMMARY.md", "SUMMARY.zh-CN.md")]
+    assert _numbers(pair[0]) == _numbers(pair[1])
+    assert len(pair[0].splitlines()) > 100
+
+
+def test_both_readmes_have_the_same_numbers_links_and_commands():
+    pair = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")]
+    assert _numbers(pair[0]) == _numbers(pair[1])
+    links = [sorted(re.findall(r"\]\(([^)]+)\)", text)) for text in pair]
+    other = {"README.md": "README.zh-CN.md", "SUMMARY.md": "SUMMARY.zh-CN.md"}
+    assert sorted(other.get(link, link) for link in links[0]) == sorted(
+        "README.zh-CN.md" if link == "README.md" else link for link in links[1]
+    )
+    code = [re.findall(r"```python\n.*?```", text, re.DOTALL) for text in pair]
+    assert code[0] == code[1]
+
+
+def _numbers(text):
+    return Counter(re.findall(r"\d+(?:[.,]\d+)*%?", text))
 
 
 def test_every_k_has_a_random_control(read):

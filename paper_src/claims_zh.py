@@ -1,0 +1,109 @@
+"""The claims in Chinese, by name; their numbers and verdicts are those of :mod:`paper_src.claims`."""
+
+from dataclasses import dataclass
+
+from paper_src import reported as earlier
+
+
+@dataclass(frozen=True)
+class Words:
+    """A claim's sentences: what was reported, what we find, when it holds, and the part that repeats."""
+
+    reported: str
+    ours: str
+    rule: str
+    each: str = ""
+
+
+WORDS = {
+    "first-and-last": Words(
+        "最重要的层是最前面的 9 层和最后 1 层（32 层中的 10 层）。",
+        "按我们的综合得分，最好的 {of} 层中有 {overlap} 层属于这一模式；按 Fisher 信息，{of} 层中有 {fisher} 层"
+        "（两半文本之间的 tau 为 {tau:.2f}）；按综合得分，首层排第 {first_rank}，末层在 {depth} 层中排第 {last_rank}。",
+        "按 Fisher 达到该模式的 80%",
+    ),
+    "recommended-layers": Words(
+        "分布式选择推荐 32 层中的第 " + "、".join(map(str, earlier.RECOMMENDED)) + " 层。",
+        "按相对深度换算后，这 {of} 层中有 {fisher} 层被 Fisher 信息选中，{combined} 层被我们的综合得分选中。",
+        "Fisher 选中其中 75% 的层",
+    ),
+    "speed-of-recommended": Words(
+        f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）快 {earlier.SPEEDUP:.2f} 倍。",
+        "k = {k}：隐藏状态预填充快 {speedup:.2f} 倍 [{speedup_lo:.2f}, {speedup_hi:.2f}]，"
+        "为理想值 {ideal:.2f} 的 {share_of_ideal:.0%}。",
+        "区间达到所报告的加速比",
+    ),
+    "speed-range": Words(
+        f"在所有配置下加速比为 {earlier.SPEEDUP_RANGE[0]}-{earlier.SPEEDUP_RANGE[1]}，"
+        f"层压缩比为 {earlier.COMPRESSION_RANGE[0]}-{earlier.COMPRESSION_RANGE[1]}。",
+        "k = {k_low} 至 {k_high}，预填充、带 logits 的预填充与解码：{low:.2f}-{high:.2f}（理想值最多 {ideal_high:.2f}）。",
+        "两个范围有重叠",
+    ),
+    "parameters": Words(
+        f"保留 32 层中的 8 层使参数量除以 {earlier.PARAMETER_COMPRESSION:.2f}。",
+        "k = {k}：参数量除以 {parameter_compression:.2f}，层数除以 {layer_compression:.2f}；词嵌入和输出头不被裁剪。",
+        "至少为所报告的倍数",
+    ),
+    "cosine-means-something": Words(
+        f"紧凑模型与完整模型的余弦相似度为 {earlier.COSINE_RANGE[0]}-{earlier.COSINE_RANGE[1]}，被解读为保留了部分语义。",
+        "k = {k}：推荐的一类为 {own:.2f}（各梯度得分为 {low:.2f}-{high:.2f}），但一个常数向量就达到 {trivial:.2f}；"
+        "去中心余弦 {own_centred:.2f}，困惑度为完整模型的 {own_ppl:,.0f} 倍（常数：{trivial_ppl:,.0f} 倍）。",
+        "高于常数向量的余弦",
+    ),
+    "cosine-target": Words(
+        f"目标是余弦相似度高于 {earlier.COSINE_TARGET}。",
+        "k = {k}，不训练：所有选择中最好的达到 {best:.2f}（去中心 {best_centred:.2f}，困惑度为完整模型的 {best_ppl:,.0f} 倍）。",
+        "任何一种选择高于目标",
+    ),
+    "gradient-scores-select": Words(
+        "Fisher 信息和梯度范数高的层就是应当保留的层。",
+        "在 {tests} 个按梯度得分的选择中，{better} 个的困惑度低于随机选择（p <= 0.05）；p 的中位数为 {median_p:.2f}，"
+        "{worse_half} 个比大多数随机抽取更差。",
+        "多于一半优于随机（p <= 0.05）",
+    ),
+    "distributed-beats-top-k": Words(
+        "把保留的层分散到整个深度上优于 Top-K。",
+        "在 {of} 对（得分与 k）中，分布式的困惑度在 {wins} 对中更低。",
+        "多于一半的对中困惑度更低",
+    ),
+    "fisher-says-what-layers-are-worth": Words(
+        "Fisher 信息和梯度范数说明哪些层重要；SHAP 被跳过。",
+        "Fisher 与去掉单层后的损失的 Kendall tau 为 {loo:.2f} [{loo_lo:.2f}, {loo_hi:.2f}]，与 Shapley 值为 {shapley:.2f} "
+        "[{shapley_lo:.2f}, {shapley_hi:.2f}]；最接近逐层剔除的是 {best}（{best_tau:.2f}，与 Shapley {best_shapley:.2f}）。",
+        "两个区间都高于 0.5",
+    ),
+    "first-and-last-are-worth-most": Words(
+        "在没有 SHAP 的得分下，最重要的层是最前面的 9 层和最后 1 层。",
+        "直接问模型本身：去掉后损失最大的 {of} 层中有 {leave_one_out} 层、Shapley 值最高的 {of} 层中有 {shapley} 层属于该模式"
+        "（标准误至多为最大值的 {relative_error:.1%}，{coalitions:,} 个层子集）。",
+        "两者都达到该模式的 80%",
+    ),
+    "recommended-is-best": Words(
+        "分布式选择就是应当推荐的选择。",
+        "k = {k}，测试文本：困惑度为完整模型的 {own:,.0f} 倍，余弦 {own_cosine:.2f}；在验证文本上选出的层 {chosen_kept}"
+        "（{name}）为 {chosen:,.0f} 倍，余弦 {chosen_cosine:.2f}。",
+        "困惑度不高于验证文本所选的结果",
+    ),
+    "cosine-after-recovery": Words(
+        f"通过微调保留的层使余弦高于 {earlier.COSINE_TARGET}，此项悬而未决。",
+        "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token：余弦 {cosine:.2f}（去中心 {centred:.2f}，常数 {trivial:.2f}），"
+        "首选 token 相同的比例 {agreement:.0%}，困惑度为完整模型的 {ppl:.1f} 倍（修复前 {cut:,.0f}），各类文本平均 {mean:.1f} 倍；"
+        "k = {large_k}：余弦 {large_cosine:.2f}，{large_ppl:.2f} 倍。",
+        "最小的模型在测试文本上达到目标",
+    ),
+    "against-pruning-and-quantization": Words(
+        "与剪枝和量化的比较悬而未决。",
+        "在 k = {k} 的大小下、经过同样的小规模修复：裁层的困惑度为完整模型的 {cut:.1f} 倍、速度 {cut_x:.2f} 倍，收窄各层 "
+        "{width:.1f}、{width_x:.2f}，低秩 {thin:.1f}、{thin_x:.2f}（最低者：{best}，{best_ppl:.1f}）。未经训练的 int8 权重："
+        "{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 {alone:.2f}）、"
+        "{both_x:.2f}、{both_share:.0%}。",
+        "在 3 倍速度下，且在该大小的所有方法中困惑度最低",
+    ),
+    "recommendation": Words(
+        "在真实推荐数据（MovieLens、Amazon）上的验证悬而未决。",
+        "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
+        "在每个数据集上至少达到完整模型 NDCG@10 的 95%",
+        "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "
+        "{speedup:.2f} 倍（最热门 {popular:.4f}，SASRec 同样用户 {same:.4f}，全部用户 {everyone:.4f}）",
+    ),
+}

@@ -1,0 +1,305 @@
+"""Numbers of the summary and of its claims, each taken from the cells of tables."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from paper_src import InputError, reported
+from paper_src.report import kept_tuple
+from paper_src.tables import CAUSAL, prefill_rows
+
+Read = Callable[[str], pd.DataFrame]
+GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
+
+
+def all_facts(read: Read) -> dict[str, object]:
+    """Numbers of the summary's prose and tables."""
+    fidelity, importance, speed = read("t4_fidelity"), read("t1_importance"), read("t3_speed")
+    full = fidelity[fidelity["strategy"] == "full"].iloc[0]
+    trivial = fidelity[fidelity["strategy"] == "trivial"].iloc[0]
+    return {
+        "depth": len(importance),
+        "k": int(speed["k"].min()),
+        "parameters": read("t3_size")["parameters"].max(),
+        "full_ppl": full["ppl"],
+        "n_blocks": int(full["n_blocks"]),
+        "n_tokens": int(full["n_tokens"]),
+        "trivial_cosine": trivial["cosine"],
+        "trivial_ppl_ratio": trivial["ppl_ratio"],
+        "draws": int(fidelity["n_draws"].max()),
+        "converged": halves(read),
+        "rounds": int(speed["rounds"].max()),
+        "dtype": read("t3_size")["dtype"].iloc[0],
+        "causal": worth_of_layers(read),
+        "strategies": strategy_rows(read),
+        "long": read("t4_strategies").iloc[0].to_dict(),
+        "controls": read("t8_controls").to_dict("records"),
+        "recovery": recovery_rows(read),
+        "recommendation": recommender_rows(read),
+        "baselines": baseline_rows(read),
+    }
+
+
+def main_rows(read: Read) -> list[dict[str, object]]:
+    """Rows of the summary's main table: at every k, the recommended kind, Fisher, block influence, random."""
+    fidelity = read("t4_fidelity")
+    speed = prefill_rows(read("t3_speed"))
+    wanted = [("chosen", None), ("distributed", "combined"), ("top_k", "combined"), ("top_k", "fisher"),
+              ("top_k", "leave_one_out"), ("top_k", "shapley"), ("random", None)]  # fmt: skip
+    rows = []
+    for k in sorted(speed.index):
+        for strategy, score in wanted:
+            same = fidelity[(fidelity["strategy"] == strategy) & (fidelity["k"] == k)]
+            same = same[same["score"].isna() if score is None else same["score"] == score]
+            if len(same):
+                rows.append({**same.iloc[0].to_dict(), "k": k, "speedup": speed.loc[k, "speedup"]})
+    return rows
+
+
+def strategy_rows(read: Read) -> list[dict[str, object]]:
+    """Rows of the summary's table of strategies: validation and test text side by side, and the cost."""
+    strategies, tested = (read(name).fillna({"score": ""}) for name in ("t2_strategies", "t4_strategies"))
+    columns = ["ppl_ratio", "ppl_ratio_lo", "ppl_ratio_hi"]
+    tested = tested.set_index(["strategy", "score", "k"])[columns].rename(columns=lambda name: f"test_{name}")
+    rows = []
+    for row in strategies.to_dict("records"):
+        by_score = f"{row['strategy']}, {row['score']}" if row["score"] else row["strategy"]
+        key = (row["strategy"], row["score"], row["k"])  # random selections are only on validation text
+        rows.append({**row, "name": by_score, **(tested.loc[key].to_dict() if key in tested.index else {})})
+    return sorted(rows, key=lambda row: (-row["k"], row["nll_nats"]))
+
+
+def worth_of_layers(read: Read) -> dict[str, object]:
+    """What removing layers says of their worth, and how the cheap scores agree with it."""
+    importance, causal, agreement = read("t1_importance"), read("t1_causal"), read("t1_agreement")
+    coalitions = read("t1_saturation")
+    rows = agreement.set_index(["score_a", "score_b"])
+    others = [name for name in dict.fromkeys(agreement["score_a"]) if name not in CAUSAL]
+    expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
+    best = {name: importance.nlargest(len(expected), name)["layer"].tolist() for name in CAUSAL}
+    return {
+        "best": best,
+        "overlap": {name: len(expected & set(layers)) for name, layers in best.items()},
+        "of": len(expected),
+        "median": importance["leave_one_out"].median(),
+        "least": int(importance["leave_one_out"].idxmin()),
+        "least_loss": importance["leave_one_out"].min(),
+        "relative_error": causal["shapley_se"].max() / causal["shapley"].abs().max(),
+        "uncapped_error": causal["shapley_uncapped_se"].max() / causal["shapley_uncapped"].abs().max(),
+        "coalitions": int(coalitions["n"].sum()),
+        "taus": [
+            {"score": name, **{causal: rows.loc[(name, causal)].to_dict() for causal in CAUSAL}} for name in others
+        ],
+        "agree": rows.loc[CAUSAL, "kendall_tau"],
+    }
+
+
+def worth(read: Read) -> dict[str, float]:
+    causal = worth_of_layers(read)
+    fisher = next(row for row in causal["taus"] if row["score"] == "fisher")
+    loo, shapley = fisher["leave_one_out"], fisher["shapley"]
+    best = max(causal["taus"], key=lambda row: row["leave_one_out"]["kendall_tau"])
+    return {
+        "loo": loo["kendall_tau"], "loo_lo": loo["kendall_tau_lo"], "loo_hi": loo["kendall_tau_hi"],
+        "shapley": shapley["kendall_tau"], "shapley_lo": shapley["kendall_tau_lo"],
+        "shapley_hi": shapley["kendall_tau_hi"], "best": best["score"],
+        "best_tau": best["leave_one_out"]["kendall_tau"], "best_shapley": best["shapley"]["kendall_tau"],
+    }  # fmt: skip
+
+
+def causal_pattern(read: Read) -> dict[str, float]:
+    causal = worth_of_layers(read)
+    return {"of": causal["of"], **causal["overlap"], "relative_error": causal["relative_error"],
+            "coalitions": causal["coalitions"]}  # fmt: skip
+
+
+def recommended_or_chosen(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    chosen = fidelity[fidelity["strategy"] == "chosen"]
+    k = chosen["k"].min()
+    same = fidelity[fidelity["k"] == k]
+    own = same[(same["strategy"] == "distributed") & (same["score"] == "combined")].iloc[0]
+    best = same[same["strategy"] == "chosen"].iloc[0]
+    strategies = read("t2_strategies")
+    name = strategies[strategies["chosen"] & (strategies["k"] == k)].iloc[0]["strategy"]
+    return {"k": k, "own": own["ppl_ratio"], "chosen": best["ppl_ratio"], "name": name, "own_cosine": own["cosine"],
+            "chosen_cosine": best["cosine"], "chosen_kept": best["kept"].replace(" ", ", ")}  # fmt: skip
+
+
+def recovery_rows(read: Read) -> dict[str, object]:
+    """What each stage of repair brings, and what the order of selections does."""
+    table, selections, mixes = read("t5_recovery"), read("t5_selection"), read("t5_mix")
+    rows = table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
+    real = selections[selections["strategy"] != "random"]
+    changed = [int(k) for k, part in real.groupby("k") if part.loc[part["rank_cut"] == 1, "rank_refitted"].item() != 1]
+    mix = mixes[mixes["chosen"]]
+    return {
+        "rows": rows,
+        "n_tokens": int(table["n_tokens"].max()),
+        "kinds": [column.removeprefix("ppl_ratio_") for column in mixes if column.startswith("ppl_ratio_")][:-1],
+        "changed": changed,
+        "keep": sorted({int(k) for k in real["k"]}, reverse=True),
+        "mix": mix["mix"].iloc[0] if len(mix) else "all, though one kind of text got worse",
+        "random_best": selections.loc[selections["strategy"] == "random", "ppl_ratio_refitted"].min(),
+        "random_median": selections.loc[selections["strategy"] == "random", "ppl_ratio_refitted"].median(),
+        "smallest_best": real.loc[real["k"] == real["k"].min(), "ppl_ratio_refitted"].min(),
+    }
+
+
+def repaired(read: Read) -> dict[str, float]:
+    table = read("t5_recovery")
+    rows = table[(table["selection"] == "selected") & (table["recovery"] == "distilled")].set_index("k")
+    smallest, largest = rows.index.min(), rows.index.max()
+    cut = table[(table["selection"] == "selected") & (table["recovery"] == "none")].set_index("k")
+    low, high = rows.loc[smallest], rows.loc[largest]
+    return {
+        "k": smallest, "cosine": low["cosine"], "cosine_hi": low["cosine_hi"], "centred": low["cosine_centred"],
+        "ppl": low["ppl_ratio"], "cut": cut.loc[smallest, "ppl_ratio"], "mean": low["ppl_ratio_mean"],
+        "agreement": low["top1_agreement"], "tokens": int(low["tokens"]), "large_k": largest,
+        "large_cosine": high["cosine"], "large_ppl": high["ppl_ratio"],
+        "trivial": table.loc[table["selection"] == "trivial", "cosine"].item(),
+    }  # fmt: skip
+
+
+def baseline_rows(read: Read) -> dict[str, object]:
+    """The comparison at the smallest size and of methods without one, and what to pick for a budget."""
+    table = read("t7_baselines")
+    table = table.assign(status=table["status"].fillna(""), zeros=table["zeros"].fillna(0))
+    k = int(table.loc[table["k"] > 0, "k"].min())
+    rows = table[table["k"].isin([0, k]) | (table["family"] == "full")]
+    return {
+        "k": k,
+        "rows": rows.to_dict("records"),
+        "columns": [name.removesuffix("_se") for name in table if name.endswith(("_acc_se", "_acc_norm_se"))],
+        "asked": int(table[[name for name in table if name.endswith("_n")]].max().max()),
+        "budgets": read("t7_budgets").to_dict("records"),
+    }
+
+
+def compared(read: Read) -> dict[str, float]:
+    """Removing layers beside narrower and thinner ones after the same recovery, and beside int8."""
+    table = read("t7_baselines")
+    k = int(table.loc[table["recovered"], "k"].replace(0, np.nan).min())
+    after = table[table["recovered"] & (table["k"] == k)].set_index("method")
+    before = table[~table["recovered"]]
+    thin = after.loc[after.index.str.startswith("SVD"), "ppl_ratio"].idxmin()
+    int8, both, alone = (before[(before["method"] == name) & before["k"].isin([0, k])].iloc[0] for name in
+                         ("int8 weights, torchao", "cut, section 5, + int8", "layers cut, section 5"))  # fmt: skip
+    best = after["ppl_ratio"].idxmin()
+    return {
+        "k": k, "cut": after.loc["layers cut", "ppl_ratio"], "cut_x": after.loc["layers cut", "prefill_hidden_speedup"],
+        "width": after.loc["width", "ppl_ratio"], "width_x": after.loc["width", "prefill_hidden_speedup"],
+        "thin": after.loc[thin, "ppl_ratio"], "thin_x": after.loc[thin, "prefill_hidden_speedup"],
+        "best": best, "best_ppl": after.loc[best, "ppl_ratio"],
+        "int8": int8["ppl_ratio"], "int8_x": int8["prefill_hidden_speedup"], "int8_share": int8["memory_share"],
+        "both": both["ppl_ratio"], "both_x": both["prefill_hidden_speedup"], "both_share": both["memory_share"],
+        "alone": alone["ppl_ratio"],
+    }  # fmt: skip
+
+
+def recommender_rows(read: Read) -> list[dict[str, object]]:
+    """Rows of the recommenders of every data set that was at hand."""
+    rows = []
+    for name in ("t6_movielens", "t6_amazon"):
+        try:
+            table = read(name)
+        except (InputError, FileNotFoundError):  # not run, or its data are not on this machine
+            continue
+        rows += table.to_dict("records")
+    return rows
+
+
+def still_recommends(read: Read) -> dict[str, object] | None:
+    """The better of the cut and the repaired model, trained, beside the full one and SASRec on the same users."""
+    rows = pd.DataFrame(recommender_rows(read))
+    if rows.empty:
+        return None
+    found = []
+    for name, table in rows.groupby("dataset", sort=False):
+        by_name = table.set_index(["method", "model"])
+        small = by_name.loc["trained"].loc[["compact", "recovered"]]
+        best = small.loc[small["valid_ndcg10"].idxmax()]
+        others = [("most_popular", "none"), ("sasrec", "same users"), ("sasrec", "all users")]
+        popular, same, everyone = by_name.loc[others, "ndcg10"]
+        found.append({**best.to_dict(), "dataset": name, "popular": popular, "same": same, "everyone": everyone})
+    return {"each": found, "lowest": min(row["share_of_full"] for row in found)}
+
+
+def halves(read: Read) -> dict[str, float]:
+    """score -> Kendall's tau between halves of the calibration text."""
+    agreement = read("t1_agreement")
+    same = agreement[agreement["score_a"] == agreement["score_b"]]
+    return dict(zip(same["score_a"], same["kendall_tau"], strict=True))
+
+
+def pattern(read: Read) -> dict[str, float]:
+    importance = read("t1_importance")
+    tau = halves(read)["fisher"]
+    expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
+    ranks = importance["combined"].rank(ascending=False).astype(int)
+    best = set(importance.nlargest(len(expected), "combined")["layer"])
+    fisher = set(importance.nlargest(len(expected), "fisher")["layer"])
+    return {"fisher": len(fisher & expected), "tau": tau, "overlap": len(best & expected),
+            "of": len(expected), "last_rank": ranks.iloc[-1],
+            "first_rank": ranks.iloc[0], "depth": len(importance)}  # fmt: skip
+
+
+def recommended(read: Read) -> dict[str, float]:
+    selection, depth = read("t2_selection"), len(read("t1_importance"))
+    expected = set(reported.at_depth(reported.RECOMMENDED, depth))
+    rows = selection[(selection["strategy"] == "distributed") & (selection["k"] == selection["k"].min())]
+    rows = rows.set_index("score")["kept"].map(lambda kept: len(expected & set(kept_tuple(kept))))
+    return {"fisher": rows["fisher"], "combined": rows["combined"], "of": len(expected)}
+
+
+def largest_speedup(read: Read) -> dict[str, float]:
+    rows = prefill_rows(read("t3_speed"))
+    return {"k": rows.index.min(), **rows.loc[rows.index.min()].to_dict()}
+
+
+def speed_range(read: Read) -> dict[str, float]:
+    speed, depth = read("t3_speed"), len(read("t1_importance"))
+    low, high = reported.COMPRESSION_RANGE
+    part = speed[(depth / speed["k"]).between(0.92 * low, high)]
+    return {"low": part["speedup"].min(), "high": part["speedup"].max(), "k_low": part["k"].min(),
+            "k_high": part["k"].max(), "ideal_high": part["ideal"].max()}  # fmt: skip
+
+
+def smallest_size(read: Read) -> dict[str, float]:
+    size = read("t3_size")
+    return size.loc[size["k"].idxmin()].to_dict()
+
+
+def cosines(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    k = fidelity.loc[fidelity["strategy"] == "distributed", "k"].min()
+    rows = fidelity[(fidelity["k"] == k) & fidelity["strategy"].isin(["top_k", "distributed"])]
+    gradient = rows[rows["score"].isin([*GRADIENT_SCORES, "combined"])]
+    own = rows[(rows["strategy"] == "distributed") & (rows["score"] == "combined")].iloc[0]
+    best = fidelity[fidelity["k"] == k].nlargest(1, "cosine").iloc[0]
+    return {
+        "k": k, "own": own["cosine"], "own_ppl": own["ppl_ratio"], "own_centred": own["cosine_centred"],
+        "low": gradient["cosine"].min(), "high": gradient["cosine"].max(), "best": best["cosine"],
+        "best_centred": best["cosine_centred"], "best_ppl": best["ppl_ratio"],
+        "trivial": fidelity.loc[fidelity["strategy"] == "trivial", "cosine"].item(),
+        "trivial_ppl": fidelity.loc[fidelity["strategy"] == "trivial", "ppl_ratio"].item(),
+    }  # fmt: skip
+
+
+def against_random(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    rows = fidelity[fidelity["score"].isin([*GRADIENT_SCORES, "combined"])]
+    return {
+        "tests": len(rows),
+        "better": int((rows["p_ppl"] <= 0.05).sum()),
+        "median_p": rows["p_ppl"].median(),
+        "worse_half": int((rows["p_ppl"] > 0.5).sum()),
+    }
+
+
+def distributed(read: Read) -> dict[str, float]:
+    fidelity = read("t4_fidelity")
+    pair = fidelity[fidelity["strategy"].isin(["top_k", "distributed"])]
+    wide = pair.pivot(index=["score", "k"], columns="strategy", values="nll_nats")
+    return {"wins": int((wide["distributed"] < wide["top_k"]).sum()), "of": len(wide)}
