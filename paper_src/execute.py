@@ -82,19 +82,27 @@ def publish(results: Path, target: Path = Path()) -> None:
         if not place.exists() or place.read_bytes() != file.read_bytes():
             with replacing(place) as part:
                 part.write_bytes(file.read_bytes())
-    if (target / "README.md").exists() and (target / "SUMMARY.md").exists():
-        fill_readme(target / "README.md", (target / "SUMMARY.md").read_text(encoding="utf-8"))
+    for language in ("", ".zh-CN"):
+        readme, summary = target / f"README{language}.md", target / f"SUMMARY{language}.md"
+        if readme.exists() and summary.exists():
+            fill_readme(readme, summary.read_text(encoding="utf-8"))
 
 
 def claims_block(summary: str) -> str:
-    """The table of claims of SUMMARY.md, without the column of sources."""
-    section = summary.split("## The earlier report's claims")[1].split("##", maxsplit=1)[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
-    return "\n".join("|" + "|".join(cells[:3]) + "|" for cells in rows)
+    """The first table of a summary, that of the claims: claim, finding, verdict, notebook and the command for it."""
+    first = next(part for part in summary.split("\n\n") if part.startswith("| "))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
+    head, _, *body = rows
+    lines = [[*head[:3], head[4], "`./reproduce.sh --only`"], ["---"] * 5]
+    for claim, ours, holds, _, source in body:
+        notebooks = re.findall(r"\d\d_[a-z]+", source)
+        links = ", ".join(f"[{name[:2]}](notebooks/{name}.ipynb)" for name in notebooks)
+        lines.append([claim, ours, holds, links, f"`{notebooks[0]}`"])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def fill_readme(readme: Path, summary: str) -> None:
-    """Put the table of claims between the two marks of README.md, so that its numbers are the tables'."""
+    """Put the table of claims between the two marks of a README, so that its numbers are the tables'."""
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(" kept equal by ./reproduce.sh -->", 1)
     tail = rest.split("<!-- /claims -->", 1)[1]

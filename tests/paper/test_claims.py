@@ -64,10 +64,11 @@ def test_every_table_has_its_provenance():
         assert list((ROOT / "tables").glob(f"0{section}_*.json")), table.name
 
 
-def test_readme_shows_the_claims_of_the_summary():
-    block = execute.claims_block((ROOT / "SUMMARY.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("language", ["", ".zh-CN"])
+def test_readme_shows_the_claims_of_the_summary(language):
+    block = execute.claims_block((ROOT / f"SUMMARY{language}.md").read_text(encoding="utf-8"))
     assert len(block.splitlines()) > 5
-    assert block in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert block in (ROOT / f"README{language}.md").read_text(encoding="utf-8")
 
 
 def test_readme_shows_figures_and_tables_that_exist():

@@ -69,7 +69,8 @@ def test_two_processes_refit_as_one(tmp_path):
 
 def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
     table = tmp_path / "scores.csv"
-    command = launched(2, "-m", "paper_src.measure", str(MODEL), str(table), *SETTINGS, "--sequences", "700", "--batch-size", "1")
+    much = ["--sequences", "700", "--batch-size", "1"]
+    command = launched(2, "-m", "paper_src.measure", str(MODEL), str(table), *SETTINGS, *much)
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert any("2 processes: scoring" in line for line in iter(process.stderr.readline, ""))
     workers = [child for child in psutil.Process(process.pid).children(recursive=True)
