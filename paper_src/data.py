@@ -79,10 +79,33 @@ def _pieces(text: str, wanted: range, count: int = 50) -> str:
 def mixed_blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
 ) -> Tensor:
-    """Token ids (count, length): :func:`token_blocks` of each of ``texts`` in turn; one named twice has two shares."""
+    """Token ids (count, length): :func:`token_blocks` of each of ``texts`` in turn; one named twice has two shares.
+
+    A text too short for its share gives fewer, and the first one more.
+
+    Raises:
+        InputError: the first text is too short for what is left to it.
+    """
+    first, *others = dict.fromkeys(texts)
     owners = [texts[index % len(texts)] for index in range(count)]
-    parts = {text: iter(token_blocks(tokenizer, text, n, length, seed)) for text, n in Counter(owners).items()}
-    return torch.stack([next(parts[text]) for text in owners])
+    wanted = Counter(owners)
+    parts = {text: _as_many(tokenizer, text, wanted[text], length, seed) for text in others if wanted[text]}
+    rest = count - sum(map(len, parts.values()))
+    parts = {text: iter(blocks) for text, blocks in parts.items()}
+    parts[first] = iter(token_blocks(tokenizer, first, rest, length, seed))
+    found = [next(parts[text], None) for text in owners]
+    return torch.stack([next(parts[first]) if block is None else block for block in found])
+
+
+def _as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
+    """:func:`token_blocks`, or fewer where the text does not hold so many."""
+    while True:
+        try:
+            return token_blocks(tokenizer, text, count, length, seed)
+        except InputError:
+            if count == 1:
+                raise
+            count = max(1, count * 9 // 10)
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:

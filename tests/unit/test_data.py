@@ -123,3 +123,12 @@ def test_mixed_blocks_draw_other_windows_for_each_share(tokenizer):
     found = data.mixed_blocks(tokenizer, [letters, "b " * 200, letters], 6, 8, seed=0)
     first = [tuple(block.tolist()) for block in found if "b" not in tokenizer.decode(block)]
     assert len(set(first)) == 4
+
+
+def test_a_short_text_gives_what_it_has_and_the_first_the_rest(tokenizer, refused):
+    found = data.mixed_blocks(tokenizer, ["a " * 2000, "b " * 20], 20, 8, seed=0)  # b holds 5 windows
+    short = sum("b" in tokenizer.decode(block) for block in found)
+    assert found.shape == (20, 8)
+    assert 2 <= short <= 5
+    with refused("shorter than 8 tokens"):
+        data.mixed_blocks(tokenizer, ["a " * 10, "b " * 40], 40, 8, seed=0)
