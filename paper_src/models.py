@@ -50,7 +50,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         device: a torch device, or ``auto``: CUDA where there is one.
 
     Raises:
-        InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf.
+        InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf, or the tokenizer is of
+            another model.
     """
     transformers_logging.disable_progress_bar()
     device = pick_device(device)
@@ -73,6 +74,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
+    if (tokens := len(tokenizer)) > (rows := model.get_input_embeddings().num_embeddings):
+        raise InputError(f"the tokenizer of {name} has {tokens} entries, its embedding {rows} rows: they do not fit")
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     digest = "+".join(sha256(file) for file in files)
     return Loaded(model.to(device).eval(), tokenizer, name, digest)
