@@ -34,7 +34,7 @@ def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:
     """Execute ``notebook`` into ``output``; on failure ``<name>.failed.ipynb`` beside it shows where.
 
     Raises:
-        InputError: a cell failed or the kernel died; one line.
+        InputError: a cell failed, the kernel died, or the disk is full; one line.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_name(f"{output.stem}.failed.ipynb")
@@ -54,6 +54,8 @@ def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:
         raise InputError(f"{notebook.stem} failed. {reason} (cells: {failed})") from error
     except DeadKernelError as error:
         raise InputError(f"{notebook.stem}: the kernel died, most likely out of memory (cells: {failed})") from error
+    except OSError as error:
+        raise InputError(f"cannot write {failed} ({error.strerror}): free space or choose another folder") from error
     os.replace(failed, output)
 
 

@@ -50,8 +50,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         device: a torch device, or ``auto``: CUDA where there is one.
 
     Raises:
-        InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf, or the tokenizer is of
-            another model.
+        InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf.
     """
     transformers_logging.disable_progress_bar()
     device = pick_device(device)
@@ -74,8 +73,6 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
-    if (tokens := len(tokenizer)) > (rows := model.get_input_embeddings().num_embeddings):
-        raise InputError(f"the tokenizer of {name} has {tokens} entries, its embedding {rows} rows: they do not fit")
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     digest = "+".join(sha256(file) for file in files)
     return Loaded(model.to(device).eval(), tokenizer, name, digest)
@@ -224,8 +221,20 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Hidden states after the final norm, (B, T, d), of token ids (B, T)."""
-    return model.base_model(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
+    """Hidden states after the final norm, (B, T, d), of token ids (B, T).
+
+    Raises:
+        InputError: a token id that the embedding does not have, on the CPU; CUDA has an error of its own.
+    """
+    try:
+        return model.base_model(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
+    except IndexError as error:
+        rows, largest = model.get_input_embeddings().num_embeddings, int(blocks.max())
+        if largest < rows:
+            raise
+        raise InputError(
+            f"token id {largest}, but the embedding has {rows} rows: is the tokenizer another model's?"
+        ) from error
 
 
 class _Known(BaseModelOutputWithPast):

@@ -372,3 +372,8 @@ def test_auto_device_is_cuda_where_there_is_one(monkeypatch, available, expected
 def test_auto_dtype_is_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, ability, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {ability: True})
     assert pick_dtype("auto", "cpu") == getattr(torch, dtype)
+
+
+def test_token_ids_of_another_vocabulary_are_refused(llama, refused):
+    with refused("token id 96, but the embedding has 96 rows"):
+        last_hidden(llama, torch.tensor([[3, 96, 4]]))
