@@ -37,12 +37,15 @@ class LayerRunner:
         # each switch sees what its layer returns
         self.drive(torch.zeros(1, 2, dtype=torch.long), lambda index, layer, hidden: layer(hidden))
 
-    @torch.no_grad()
-    def drive(self, blocks: Tensor, job: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
-        """Last hidden states of ``blocks`` (N, T) where each layer does ``job(index, layer, states)`` instead."""
+    def drive(self, blocks: Tensor, job: Callable[[int, Layer, Tensor], Tensor], gradients: bool = False) -> Tensor:
+        """Last hidden states of ``blocks`` (N, T) where each layer does ``job(index, layer, states)`` instead.
+
+        With ``gradients`` autograd follows what is done to states that ask for it.
+        """
         for index, switch in enumerate(self._switches):
             switch.job = functools.partial(job, index)
-        return last_hidden(self._model, blocks)
+        with torch.set_grad_enabled(gradients):
+            return last_hidden(self._model, blocks)
 
     def embedded(self, blocks: Tensor) -> Tensor:
         """(N, T, d) states before the first layer."""

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--leave-one-out", type=int, default=0, metavar="WINDOWS")
     parser.add_argument("--shapley", type=float, default=0.0, metavar="ERROR", help="needs --leave-one-out")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or spread: over all devices and the disk")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, disk (weights are read when needed), spread")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *ignored: _stop(ENDED))  # the launcher ends all when one has died

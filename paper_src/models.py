@@ -4,14 +4,24 @@ With :mod:`paper_src.layers` this is all that knows how Transformers models are 
 asks for three things: the list of layers, the last hidden state, and the logits of a hidden state.
 """
 
+import atexit
 import copy
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -47,13 +57,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         name: a key of ``PINNED`` (registry package), a local folder or ``.gguf`` file, or a hub id
             (``owner/name``). Code that ships with a checkpoint is never run.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: see :func:`pick_dtype`.
-        device: a torch device, or ``auto``: CUDA where there is one.
+        device: a torch device; ``auto``: CUDA where there is one; ``spread``: over all devices, main memory and the
+            disk, as accelerate finds room; or ``disk``: the matrices of the layers stay in the checkpoint's files,
+            and are read when they are needed.
 
     Raises:
         InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf.
     """
     transformers_logging.disable_progress_bar()
-    device = pick_device(device)
+    where, placed = device, device in ("spread", "disk")
+    device = pick_device("auto" if placed else device)
     torch_dtype = pick_dtype(dtype, device)
     folder, gguf = _locate(name)
     arguments = {"gguf_file": gguf} if gguf else {}
@@ -63,6 +76,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
             "quantization_config": GgufConfig(dequantize=True)
         }  # plain weights, also where kernels take packed ones
         weights = {**arguments, **dense} if gguf else {"use_safetensors": True}
+        if placed:
+            weights |= _placement(folder, gguf, where)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **weights
         )
@@ -75,7 +90,31 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     require_finite(model, name)
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     digest = "+".join(sha256(file) for file in files)
-    return Loaded(model.to(device).eval(), tokenizer, name, digest)
+    return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest)
+
+
+def _placement(folder: Path, gguf: str | None, where: str) -> dict[str, object]:
+    """Arguments of ``from_pretrained`` that keep weights elsewhere than in one device's memory."""
+    if gguf:
+        raise InputError(f"{folder / gguf} is packed: save it as safetensors to read it from the disk")
+    scratch = Path(tempfile.mkdtemp(prefix="paper_offload_"))  # weights in another dtype than the checkpoint's
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    if where == "spread":
+        return {"device_map": "auto", "offload_folder": str(scratch)}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    path, _ = locate_layers(empty)
+    places = {}
+    for name, module in empty.named_modules():
+        if next(module.parameters(recurse=False), None) is not None or not any(module.children()):
+            matrix = name.startswith(f"{path}.") and isinstance(module, nn.Linear | Conv1D)
+            places[name] = "disk" if matrix else "cpu"
+    return {"device_map": places, "offload_folder": str(scratch)}
+
+
+def offloaded(model: nn.Module) -> bool:
+    """Whether some weights are not in memory but are brought there by hooks when they are needed."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _first_line(error: Exception) -> str:
@@ -156,6 +195,8 @@ def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
 def require_finite(model: nn.Module, name: str = "the model") -> None:
     """Raise InputError with the first parameter that holds NaN or Inf."""
     for parameter_name, parameter in model.named_parameters():
+        if parameter.is_meta:  # on the disk: what it makes of text is checked
+            continue
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name} has NaN or Inf in {parameter_name}: fetch or convert the weights again")
 

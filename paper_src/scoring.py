@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from paper_src import InputError
-from paper_src.models import decoder_layers, last_hidden, logits_of
+from paper_src.layers import LayerRunner
+from paper_src.models import decoder_layers, last_hidden, logits_of, offloaded
 
 SINK_RATIO = 10.0  # an attention-sink token's norm is above this many times the sequence's median norm
 
@@ -106,8 +107,9 @@ def score_layers(
     generator = torch.Generator(device=model.device).manual_seed(seed) if labels == "model" else None
     rows, states = [], []
     with _frozen(model), torch.enable_grad():
+        score = _score_layerwise if offloaded(model) else _score_batch
         for batch in progress(blocks.split(batch_size)):
-            row, ends = _score_batch(model, layers, batch, generator)
+            row, ends = score(model, layers, batch, generator)
             rows.append(row)
             states.append(ends)
     per_sequence = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -205,6 +207,58 @@ def _score_batch(
     return {name: values.cpu() for name, values in row.items()}, torch.stack(activations.ends, dim=1)
 
 
+def _score_layerwise(
+    model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """:func:`_score_batch` with the weights of one layer in memory: states are kept, each layer runs once more.
+
+    The memory it takes: the states before each layer, one layer's weights and activations, embedding and head.
+    """
+    batch = batch.to(model.device)
+    runner = LayerRunner(model)
+    activations, states = _ActivationSums(layers), []
+    last = len(layers) - 1
+
+    def keep(index: int, layer: Callable, hidden: Tensor) -> Tensor:
+        output = layer(hidden)
+        states.extend([hidden, output] if index == last else [hidden])
+        return output
+
+    try:
+        hidden = runner.drive(batch, keep)
+    finally:
+        activations.remove()
+    end = states.pop().requires_grad_()
+    normed = runner.drive(batch, lambda index, layer, hidden: end if index == last else hidden, gradients=True)
+    normed.backward(_loss_gradient(model, hidden, batch, generator))
+    upstream = end.grad
+    squared, inner = torch.zeros(2, len(batch), len(layers), dtype=torch.float64, device=batch.device)
+    for index in reversed(range(len(layers))):
+        sums = _GradientSums(nn.ModuleList([layers[index]]), *batch.shape, device=batch.device)
+        try:
+            upstream = _through(runner, batch, index, states.pop(), upstream)
+        finally:
+            sums.remove()
+        squared[:, index], inner[:, index] = sums.squared[:, 0], sums.inner[:, 0]
+    row = {"fisher": squared, "grad_norm": squared.sqrt(), "taylor": inner.abs()}
+    row |= {name: torch.stack(columns, dim=1) for name, columns in activations.columns.items()}
+    return {name: values.cpu() for name, values in row.items()}, torch.stack(activations.ends, dim=1)
+
+
+def _through(runner: LayerRunner, batch: Tensor, index: int, before: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient before layer ``index`` of states ``before`` (B, T, d), from that behind it."""
+    leaf = before.requires_grad_()
+
+    def job(other: int, layer: Callable, hidden: Tensor) -> Tensor:
+        if other == index:
+            with torch.enable_grad():
+                layer(leaf).backward(upstream)
+        return hidden
+
+    runner.drive(batch, job)
+    return leaf.grad
+
+
 def _loss_gradient(model: PreTrainedModel, hidden: Tensor, batch: Tensor, generator: torch.Generator | None) -> Tensor:
     """(B, T, d) gradient of every sequence's mean NLL for its last hidden states.
 
@@ -225,8 +279,8 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, batch: Tensor, genera
 class _GradientSums:
     """Per-sequence ||g||^2 and theta . g of each layer, summed by hooks during one backward pass."""
 
-    def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int):
-        device = next(layers.parameters()).device
+    def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int, device: torch.device | None = None):
+        device = device or next(layers.parameters()).device
         self.tokens = tokens
         self.saved: list[tuple[nn.Parameter, Tensor | None]] = []
         self.squared = torch.zeros(batch_size, len(layers), dtype=torch.float64, device=device)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from paper_src.models import decoder_layers
+from paper_src import scoring
+from paper_src.models import decoder_layers, load_model, offloaded
 from paper_src.scoring import (
     SINK_RATIO,
     LayerScores,
@@ -370,3 +371,32 @@ def test_a_score_measured_elsewhere_is_added_with_its_error():
     scores.add("y", [[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
     assert scores.mean("y").tolist() == [3, 5]
     assert scores.standard_error("y").tolist() == pytest.approx([2 / 3**0.5, 0])
+
+
+def test_layer_by_layer_is_the_same(full, make_blocks):
+    """The way of models that do not fit, on models that do."""
+    blocks, layers = make_blocks(3, 12), decoder_layers(full)
+    with scoring._frozen(full), torch.enable_grad():
+        (expected, ends), (found, also) = (
+            score(full, layers, blocks, None) for score in (scoring._score_batch, scoring._score_layerwise)
+        )
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-6, atol=1e-12)
+    assert torch.equal(ends, also)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_weights_on_the_disk_give_the_same_scores(make_model, family, tokenizer, make_blocks, tmp_path):
+    make_model(family, vocab_size=300).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    here, there = (load_model(str(tmp_path), "float32", device).model for device in ("cpu", "disk"))
+    assert offloaded(there)
+    assert not offloaded(here)
+    blocks = make_blocks(4, 10)
+    expected, found = (score_layers(model, blocks, batch_size=2) for model in (here, there))
+    for name, values in expected.per_sequence.items():
+        torch.testing.assert_close(found.per_sequence[name], values, rtol=1e-6, atol=1e-12)
+    assert torch.equal(found.parameters, expected.parameters)
+    assert offloaded(there)  # nothing stayed in memory
+    assert not list(tmp_path.glob("*offload*"))
