@@ -398,42 +398,47 @@ FAMILIES = {
 def pareto(table: pd.DataFrame) -> Figure:
     """Perplexity over the full model's against measured speed and against bytes, with the frontier.
 
-    Hollow points are as they are, full ones were trained; the frontier is of all.
-
     Args:
         table: t7_baselines.
     """
     rows = table[table["ppl_ratio"].notna()]
-    trained = rows["recovered"] | rows["method"].str.contains(LATER)
     panels = {
         "prefill_hidden_speedup": "prefill speedup over the full model",
         "decode_speedup": "decode speedup over the full model",
         "memory_share": "bytes of weights / full model in float32",
     }
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12, 4.8), sharey=True)
+        figure, axes = plt.subplots(1, 3, figsize=(12, 5), sharey=True)
         for axis, (cost, label) in zip(axes, panels.items(), strict=True):
-            for family, (colour, marker) in FAMILIES.items():
-                for done in (False, True):
-                    part = rows[(rows["family"] == family) & (trained == done)]
-                    axis.scatter(part[cost], part["ppl_ratio"], s=34, marker=marker, edgecolors=colour,
-                                 facecolors=colour if done or family == "full" else "none", zorder=3,
-                                 label=family if done == (family in ("width", "low rank", "depth", "sparsity",
-                                                                      "combination")) else None)  # fmt: skip
+            _methods(axis, rows, cost)
             best = rows[frontier(rows, cost, cost.endswith("speedup"))].sort_values(cost)
-            axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2)
-            for row in best.itertuples():
+            axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2, label="frontier")
+            for place, row in enumerate(best.itertuples()):
                 name = row.method + (f", k = {row.k}" if row.k and row.family != "full" else "")
                 axis.annotate(name, (getattr(row, cost), row.ppl_ratio), size=6.5, textcoords="offset points",
-                              xytext=(5, 3), rotation=20)  # fmt: skip
+                              xytext=(6, 4 if place % 2 else -9))  # fmt: skip
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_xlabel(label)
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(axis="x", which="minor", labelsize=7)
         axes[0].set_ylabel("perplexity / full model's")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        axes[1].set_title("hollow: as it is; filled: after training")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     plt.close(figure)
     return figure
+
+
+def _methods(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
+    """Every method as a point, hollow unless it was trained."""
+    trained = rows["recovered"] | rows["method"].str.contains(LATER) | (rows["family"] == "full")
+    for family, (colour, marker) in FAMILIES.items():
+        axis.scatter([], [], marker=marker, color=colour, label=family)
+        for done in (False, True):
+            part = rows[(rows["family"] == family) & (trained == done)]
+            axis.scatter(part[cost], part["ppl_ratio"], s=30, marker=marker, edgecolors=colour, zorder=3,
+                         facecolors=colour if done else "none")  # fmt: skip
 
 
 def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series) -> Figure:
