@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from paper_src import reported
 from paper_src.budgets import LATER, frontier
@@ -408,21 +408,23 @@ def pareto(table: pd.DataFrame) -> Figure:
         "memory_share": "bytes of weights / full model in float32",
     }
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12, 5), sharey=True)
+        figure, axes = plt.subplots(1, 3, figsize=(12, 5.6), sharey=True)
         for axis, (cost, label) in zip(axes, panels.items(), strict=True):
             _methods(axis, rows, cost)
             best = rows[frontier(rows, cost, cost.endswith("speedup"))].sort_values(cost)
             axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2, label="frontier")
-            for place, row in enumerate(best.itertuples()):
-                name = row.method + (f", k = {row.k}" if row.k and row.family != "full" else "")
-                axis.annotate(name, (getattr(row, cost), row.ppl_ratio), size=6.5, textcoords="offset points",
-                              xytext=(6, 4 if place % 2 else -9))  # fmt: skip
+            names = []
+            for number, row in enumerate(best.itertuples(), 1):
+                names.append(f"{number}  {row.method}" + (f", k = {row.k}" if row.k and row.family != "full" else ""))
+                axis.annotate(str(number), (getattr(row, cost), row.ppl_ratio), size=8, ha="center",
+                              textcoords="offset points", xytext=(0, -13))  # fmt: skip
+            axis.text(0, -0.2, "\n".join(names), transform=axis.transAxes, va="top", size=7.5)
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_xlabel(label)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("{x:g}")
-            axis.tick_params(axis="x", which="minor", labelsize=7)
+            axis.xaxis.set_minor_locator(NullLocator())
         axes[0].set_ylabel("perplexity / full model's")
         axes[1].set_title("hollow: as it is; filled: after training")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
