@@ -162,9 +162,18 @@ def repaired(read: Read) -> dict[str, float]:
     }  # fmt: skip
 
 
-def baseline_rows(read: Read) -> dict[str, object]:
+def if_made(read: Read, name: str) -> pd.DataFrame | None:
+    """Table ``name``, or None where its section was not run or its data are not on this machine."""
+    try:
+        return read(name)
+    except (InputError, FileNotFoundError):
+        return None
+
+
+def baseline_rows(read: Read) -> dict[str, object] | None:
     """The comparison at the smallest size and of methods without one, and what to pick for a budget."""
-    table = read("t7_baselines")
+    if (table := if_made(read, "t7_baselines")) is None:
+        return None
     table = table.assign(status=table["status"].fillna(""), zeros=table["zeros"].fillna(0))
     k = int(table.loc[table["k"] > 0, "k"].min())
     rows = table[table["k"].isin([0, k]) | (table["family"] == "full")]
@@ -177,9 +186,10 @@ def baseline_rows(read: Read) -> dict[str, object]:
     }
 
 
-def compared(read: Read) -> dict[str, float]:
+def compared(read: Read) -> dict[str, float] | None:
     """Removing layers beside narrower and thinner ones after the same recovery, and beside int8."""
-    table = read("t7_baselines")
+    if (table := if_made(read, "t7_baselines")) is None:
+        return None
     k = int(table.loc[table["recovered"], "k"].replace(0, np.nan).min())
     after = table[table["recovered"] & (table["k"] == k)].set_index("method")
     before = table[~table["recovered"]]
@@ -200,13 +210,8 @@ def compared(read: Read) -> dict[str, float]:
 
 def recommender_rows(read: Read) -> list[dict[str, object]]:
     """Rows of the recommenders of every data set that was at hand."""
-    rows = []
-    for name in ("t6_movielens", "t6_amazon"):
-        try:
-            table = read(name)
-        except (InputError, FileNotFoundError):  # not run, or its data are not on this machine
-            continue
-        rows += table.to_dict("records")
+    tables = [if_made(read, name) for name in ("t6_movielens", "t6_amazon")]
+    rows = [row for table in tables if table is not None for row in table.to_dict("records")]
     return rows
 
 
