@@ -1,6 +1,7 @@
 """Rows of the comparison: every way to a smaller or faster model on the same text, clock and budget."""
 
 import io
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +204,7 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
         except baselines.NotSupported as error:
             row["status"] = f"not supported: {error}"
         rows.append(row)
+    shutil.rmtree(bench.folder, ignore_errors=True)  # checkpoints, which a killed run goes on from
     frame = pd.DataFrame(rows)
     single = 4 * count_parameters(bench.full)
     frame["status"] = frame["status"].fillna("") if "status" in frame else ""
