@@ -20,7 +20,7 @@ from paper_src import InputError, figures
 from paper_src.files import replacing
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-MADE = re.compile(r"""paper\.(table|figure)\(.*["']([tf]\d_\w+)["']\)""", re.DOTALL)
+MADE = re.compile(r"""paper\.(table|figure)\(.*["']([tf]\d_\w+)["']\)""")  # one a line, the last name on it
 SIZES = ("sequences", "blocks", "test_blocks", "valid_blocks", "judged", "length", "random_draws", "draws", "rounds",
          "items")  # fmt: skip
 NO_ALT = "No description has been provided for this image"
@@ -75,7 +75,7 @@ def _shown(cell: NotebookNode, provenance: Mapping, captions: list[str]) -> list
         return [nbformat.v4.new_markdown_cell(cell.source)]
     outputs = [out for out in cell.outputs if not (out.output_type == "stream" and out.name == "stderr")]
     parts = [nbformat.v4.new_code_cell(cell.source, outputs=outputs)] if outputs else []
-    if found := MADE.search(cell.source):
+    for found in MADE.finditer(cell.source):
         caption, link = _caption(cell.source, *found.groups(), provenance)
         captions += [caption] if found.group(1) == "figure" else []
         parts.append(nbformat.v4.new_markdown_cell(f"*{caption}* {link}"))

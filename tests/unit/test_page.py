@@ -48,7 +48,7 @@ def results(tmp_path):
         (tmp_path / "run" / folder).mkdir(parents=True)
     cells = [
         nbformat.v4.new_markdown_cell("# 4. What is left\n\nThe question.", id="title"),
-        nbformat.v4.new_code_cell('paper.table(x, "t4_fidelity")', id="table", outputs=[
+        nbformat.v4.new_code_cell('paper.table(x, "t4_fidelity")\ny = paper.table(x, "t4_random")', id="table", outputs=[
             nbformat.v4.new_output("stream", name="stderr", text="progress 10%"),
             nbformat.v4.new_output("display_data", {"text/html": f"<table><tr>{'<td>wide</td>' * 60}</tr></table>"}),
         ]),
@@ -79,6 +79,7 @@ def test_results_captions_and_links_but_no_code_and_no_progress(results):
     assert "tiny, float32; seed 3; blocks 8" in text
     assert text.count('<a href="../tables/t4_fidelity.csv">') == 2  # of the claim, and of the caption
     assert '<a href="../notebooks/04_fidelity.ipynb">' in text
+    assert text.count('<a href="../tables/t4_random.csv">') == 1
     assert "commit abcdef1234" in text
     assert "&lt;b&gt;" in text
     assert page.NO_ALT not in text
