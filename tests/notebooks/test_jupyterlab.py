@@ -13,13 +13,15 @@ import uuid
 
 import pytest
 import websocket
-from harness import ROOT
+from harness import NOTEBOOKS, ROOT
 
 
 @pytest.fixture
 def server(tmp_path):
     """JupyterLab over a copy of the notebooks, beside committed tables in the place of results; its address and token."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (tmp_path / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        shutil.copy(path, tmp_path / "notebooks")
     shutil.copytree(ROOT / "tables", tmp_path / "results" / "laptop" / "tables")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
