@@ -123,7 +123,8 @@ rule recovery:
 rule recommendation:
     input:
         sources(
-            "06_recommendation", "compaction", "interactions", "recommend", "encoder", "trials", "fidelity", "figures"
+            "06_recommendation", "compaction", "interactions", "recommend", "encoder", "repairs", "trials", "fidelity",
+            "figures",
         ),
         tables("t5_recovery"),
         f"{OUT}/notebooks/05_recovery.ipynb",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.compaction import compact
-from paper_src.models import count_parameters, decoder_layers, last_hidden, locate_layers
+from paper_src.models import count_parameters, decoder_layers, first_line, last_hidden, locate_layers
 
 Moments = dict[str, Tensor]
 
@@ -95,7 +95,7 @@ def torchao_quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     try:
         ao.quantize_(small, configurations[kind](), filter_fn=lambda module, name: name in names)
     except (ImportError, NotImplementedError, RuntimeError, AssertionError, ValueError) as error:
-        raise NotSupported(_reason(error)) from error
+        raise NotSupported(first_line(error)) from error
     return small
 
 
@@ -116,11 +116,7 @@ def dynamic_quantized(model: PreTrainedModel) -> PreTrainedModel:
             warnings.simplefilter("ignore")  # that it is deprecated
             return torch.ao.quantization.quantize_dynamic(small, wanted, dtype=torch.qint8, inplace=True)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        raise NotSupported(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NotSupported(first_line(error)) from error
 
 
 # Sparsity. Zeros in the weights of the layers' linear maps, in equal shares.

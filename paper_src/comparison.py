@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError, baselines, distillation, fidelity, recovery, timing, zeroshot
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner
 from paper_src.models import count_parameters, decoder_layers
-from paper_src.repairs import Judge
+from paper_src.repairs import Judge, saved
 
 Model = PreTrainedModel
 
@@ -150,12 +150,6 @@ def _at_one_size(
     bench: Bench, k: int, size: int, kept: Sequence[int], block_cut: Sequence[int], recovered: Path
 ) -> list[Entry]:
     full, blocks = bench.full, bench.blocks
-
-    def repaired() -> Model:
-        if not recovered.is_dir():
-            raise InputError(f"{recovered} is missing: run ./reproduce.sh --only 05_recovery --force")
-        return AutoModelForCausalLM.from_pretrained(recovered, dtype=full.dtype).to(full.device).eval()
-
     return [
         Entry("width", "width", k, lambda: baselines.width_pruned(full, bench.moments, size), "plain",
               uses=["moments"]),
@@ -167,11 +161,11 @@ def _at_one_size(
         Entry("LaCo", "depth", k, lambda: baselines.laco(full, k, blocks[:4]), "plain"),
         Entry("ReplaceMe", "depth", k, lambda: recovery.closed_form(full, block_cut, blocks, "mlp_map").model, "plain"),
         Entry("layers cut", "depth", k, lambda: compact(full, kept), "refit", kept),
-        Entry("layers cut, section 5", "depth", k, repaired),
+        Entry("layers cut, section 5", "depth", k, lambda: saved(full, recovered)),
         Entry("cut + int8", "combination", k,
               lambda: baselines.torchao_quantized(compact(full, kept), "int8_weight")),
         Entry("cut, section 5, + int8", "combination", k,
-              lambda: baselines.torchao_quantized(repaired(), "int8_weight")),
+              lambda: baselines.torchao_quantized(saved(full, recovered), "int8_weight")),
     ]  # fmt: skip
 
 

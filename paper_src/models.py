@@ -69,6 +69,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     device = pick_device("auto" if placed else device)
     torch_dtype = pick_dtype(dtype, device)
     folder, gguf = _locate(name)
+    if gguf and placed:
+        raise InputError(f"{name} is packed: save it as safetensors to read it from the disk")
     arguments = {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
@@ -76,13 +78,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
             "quantization_config": GgufConfig(dequantize=True)
         }  # plain weights, also where kernels take packed ones
         weights = {**arguments, **dense} if gguf else {"use_safetensors": True}
-        if placed:
-            weights |= _placement(folder, gguf, where)
+        weights |= _placement(folder, where) if placed else {}
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **weights
         )
     except Exception as error:  # the libraries raise a dozen types for files that cannot be read
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"cannot load {name} ({reason}): fetch the model again, or name another") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
@@ -93,10 +94,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest)
 
 
-def _placement(folder: Path, gguf: str | None, where: str) -> dict[str, object]:
+def _placement(folder: Path, where: str) -> dict[str, object]:
     """Arguments of ``from_pretrained`` that keep weights elsewhere than in one device's memory."""
-    if gguf:
-        raise InputError(f"{folder / gguf} is packed: save it as safetensors to read it from the disk")
     scratch = Path(tempfile.mkdtemp(prefix="paper_offload_"))  # weights in another dtype than the checkpoint's
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     if where == "spread":
@@ -117,7 +116,8 @@ def offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -154,7 +154,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except Exception as error:  # network, authorisation, unknown id: each its own class
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error
 
 

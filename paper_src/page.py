@@ -98,18 +98,7 @@ def _caption(source: str, kind: str, name: str, provenance: Mapping) -> tuple[st
 
 def _size(parameters: Mapping[str, object]) -> str:
     """How much text, how many draws and timed rounds, as far as the notebook says."""
-    names = [
-        "sequences",
-        "blocks",
-        "test_blocks",
-        "valid_blocks",
-        "judged",
-        "length",
-        "random_draws",
-        "draws",
-        "rounds",
-    ]
-    found = [f"{name.replace('_', ' ')} {parameters[name]}" for name in [*names, "items"] if name in parameters]
+    found = [f"{name.replace('_', ' ')} {parameters[name]}" for name in SIZES if name in parameters]
     return ", ".join(found) or "from tables"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError, data, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
@@ -236,6 +236,17 @@ def curve(histories: Sequence[Sequence[dict[str, float]]], judge: Judge) -> pd.D
     frame = pd.DataFrame([row for history in histories for row in history])
     full = judge.full_nll[next(iter(judge.references))]
     return frame.assign(ppl_ratio=np.exp(frame["nll_nats"] - full))
+
+
+def saved(full: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The repaired model of a checkpoint, in the dtype and on the device of ``full``.
+
+    Raises:
+        InputError: the checkpoint is not there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: run ./reproduce.sh --only 05_recovery --force")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=full.dtype).to(full.device).eval()
 
 
 def stages(

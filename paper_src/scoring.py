@@ -201,10 +201,7 @@ def _score_batch(
         root.remove()
         gradients.remove()
         activations.remove()
-    squared = gradients.squared
-    row = {"fisher": squared, "grad_norm": squared.sqrt(), "taylor": gradients.inner.abs()}
-    row |= {name: torch.stack(columns, dim=1) for name, columns in activations.columns.items()}
-    return {name: values.cpu() for name, values in row.items()}, torch.stack(activations.ends, dim=1)
+    return _row(gradients.squared, gradients.inner, activations)
 
 
 def _score_layerwise(
@@ -240,6 +237,11 @@ def _score_layerwise(
         finally:
             sums.remove()
         squared[:, index], inner[:, index] = sums.squared[:, 0], sums.inner[:, 0]
+    return _row(squared, inner, activations)
+
+
+def _row(squared: Tensor, inner: Tensor, activations: "_ActivationSums") -> tuple[dict[str, Tensor], Tensor]:
+    """Scores (B, L) by name of ||g||^2, theta . g and the activations' sums; and the last token's states."""
     row = {"fisher": squared, "grad_norm": squared.sqrt(), "taylor": inner.abs()}
     row |= {name: torch.stack(columns, dim=1) for name, columns in activations.columns.items()}
     return {name: values.cpu() for name, values in row.items()}, torch.stack(activations.ends, dim=1)

@@ -11,26 +11,20 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import InputError, encoder, fidelity, recommend, timing
+from paper_src import encoder, fidelity, recommend, timing
 from paper_src.compaction import compact
 from paper_src.interactions import Interactions, leave_last_out
 from paper_src.models import count_parameters
+from paper_src.repairs import saved
 
 SASREC_WIDTH = 64
 
 
 def variants(full: PreTrainedModel, kept: Sequence[int], recovered: Path) -> dict[str, PreTrainedModel]:
-    """name -> model: full, cut to ``kept``, the same repaired (a checkpoint), and the first layers, as SLMRec takes.
-
-    Raises:
-        InputError: the checkpoint is not there.
-    """
-    if not recovered.is_dir():
-        raise InputError(f"{recovered} is missing: run ./reproduce.sh --only 05_recovery --force")
-    repaired = AutoModelForCausalLM.from_pretrained(recovered, dtype=full.dtype).to(full.device).eval()
-    return {"full": full, "compact": compact(full, kept), "recovered": repaired,
+    """name -> model: full, cut to ``kept``, the same repaired (a checkpoint), and the first layers, as SLMRec takes."""
+    return {"full": full, "compact": compact(full, kept), "recovered": saved(full, recovered),
             "first_layers": compact(full, range(len(kept)))}  # fmt: skip
 
 

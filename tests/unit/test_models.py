@@ -377,3 +377,8 @@ def test_auto_dtype_is_bfloat16_where_the_processor_multiplies_in_it(monkeypatch
 def test_token_ids_of_another_vocabulary_are_refused(llama, refused):
     with refused("token id 96, but the embedding has 96 rows"):
         last_hidden(llama, torch.tensor([[3, 96, 4]]))
+
+
+def test_packed_weights_cannot_stay_on_the_disk(gguf_file, refused):
+    with refused("is packed: save it as safetensors"):
+        load_model(str(gguf_file), device="disk")
