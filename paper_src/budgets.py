@@ -1,5 +1,7 @@
 """What to pick for a given budget: the frontier of a comparison, and the best method that meets a limit."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -14,18 +16,17 @@ def frontier(frame: pd.DataFrame, cost: str, larger_is_better: bool) -> pd.Serie
     return pd.Series(~better.any(1) & np.isfinite(losses), frame.index)
 
 
-BUDGETS = [("prefill_hidden_speedup", limit) for limit in (1.3, 2.0, 3.0)] + [
-    ("memory_share", limit) for limit in (0.5, 0.25, 0.15)
-]
-
-
-def budgets(frame: pd.DataFrame) -> pd.DataFrame:
+def budgets(frame: pd.DataFrame, speedups: Sequence[float], shares: Sequence[float]) -> pd.DataFrame:
     """t7_budgets: for each budget the method of lowest perplexity that meets it, of all and before any training.
 
-    A speedup is met from the limit up, a share of the full model's float32 bytes up to it.
+    Args:
+        frame: t7_baselines.
+        speedups: of the prefill, each met from there up.
+        shares: of the full model's float32 bytes, each met up to there.
     """
     rows = []
-    for cost, limit in BUDGETS:
+    limits = {"prefill_hidden_speedup": speedups, "memory_share": shares}
+    for cost, limit in [(cost, limit) for cost, values in limits.items() for limit in values]:
         meets = frame[cost] >= limit if cost.endswith("speedup") else frame[cost] <= limit
         untrained = ~frame["recovered"] & ~frame["method"].str.contains(LATER)
         for name, part in (("as it is", frame[meets & untrained]), ("recovered or not", frame[meets])):
@@ -33,5 +34,5 @@ def budgets(frame: pd.DataFrame) -> pd.DataFrame:
                 best = part.loc[part["ppl_ratio"].idxmin()]
                 row = best[["method", "k", "recovered", "ppl_ratio", cost]].to_dict()
                 rows.append({"budget": cost, "limit": limit, "of": name, **row})
-    wanted = ["budget", "limit", "of", "method", "k", "recovered", "ppl_ratio", *dict.fromkeys(c for c, _ in BUDGETS)]
+    wanted = ["budget", "limit", "of", "method", "k", "recovered", "ppl_ratio", *limits]
     return pd.DataFrame(rows).reindex(columns=wanted)

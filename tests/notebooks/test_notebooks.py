@@ -19,7 +19,6 @@ UPDATE = bool(os.environ.get("UPDATE_BASELINE"))
 # Seconds and bytes differ from machine to machine; which table has them is in the baseline's columns all the same.
 MACHINE = ("speedup", "share_of_ideal", "_ms", "peak_memory", "seconds", "closed_form_s", "how_wrong", "seen", "users_per_s",
            "calibration_s", "recovery_s", "status")  # fmt: skip
-FROM_SPEEDS = ("t7_budgets",)  # which methods meet a budget, and so its rows
 TRAINED = {"t6": 0.1, "t7": 0.1}  # metrics of few users: one that flips counts a hundredth, and training carries last bits far
 STRUCTURE = NBRegressionFixture(
     exec_cwd=str(ROOT / "notebooks"),
@@ -59,8 +58,6 @@ def test_tables_equal_the_baseline(notebook, results):
             machine = ["ours", "holds"]  # sentences with speeds in them; the numbers are in the other tables
         machine += ["epochs"] if path.stem.startswith("t6") else []
         assert list(found) == list(expected)
-        if path.stem in FROM_SPEEDS:
-            continue
         pd.testing.assert_frame_equal(
             found.drop(columns=machine), expected.drop(columns=machine), rtol=1e-3,
             atol=TRAINED.get(path.stem[:2], 1e-6), obj=path.stem,

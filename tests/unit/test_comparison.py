@@ -112,7 +112,7 @@ def test_budgets_name_the_best_that_meets_them():
         "recovered": [False, False, False, True, False], "ppl_ratio": [1.0, 1.2, 9.0, 2.0, 1.5],
         "prefill_hidden_speedup": [1.0, 1.0, 3.5, 3.5, 3.5], "memory_share": [1.0, 0.25, 0.2, 0.2, 0.2],
     })  # fmt: skip
-    found = budgets.budgets(frame).set_index(["budget", "limit", "of"])
+    found = budgets.budgets(frame, [1.3, 2.0, 3.0], [0.5, 0.25, 0.15]).set_index(["budget", "limit", "of"])
     assert found.loc[("prefill_hidden_speedup", 3.0, "as it is"), "method"] == "b"
     assert not found.loc[("prefill_hidden_speedup", 3.0, "as it is"), "recovered"]
     assert found.loc[("prefill_hidden_speedup", 3.0, "recovered or not"), "method"] == "cut, section 5"
