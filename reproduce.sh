@@ -12,7 +12,8 @@ usage() {
 ./reproduce.sh clean             delete results/ and Snakemake's records (not tables/, figures/ or .venv)
 
 options of run
-  --profile NAME     a file of profiles/: tiny (seconds a notebook), laptop (default), gpu
+  --profile NAME     a file of profiles/: tiny (seconds a notebook), laptop (default), long (hours; its
+                     sections 5 to 7 go to tables/long and figures/long), gpu
   --only NOTEBOOK    this notebook and what it needs, for example 03_compaction
   --model NAME       a local folder, a .gguf file or a hub id; results go to results/<profile>-<model>
   --device DEVICE    cpu, cuda, cuda:1, mps
@@ -129,7 +130,7 @@ run() {
     ${model:+"model=$model"} ${device:+"device=$device"} ${data_dir:+"data_dir=$data_dir"} --nolock --rerun-incomplete --quiet all ${force[@]+"${force[@]}"} ||
     status=$?
   "$python" -m paper_src.execute --results "$results" --summary "$since"
-  if [ $status -eq 0 ] && [ "$results" = results/laptop ]; then
+  if [ $status -eq 0 ] && [[ "$results" =~ ^results/(laptop|long)$ ]]; then
     "$python" -m paper_src.execute --results "$results" --publish
   fi
   return $status

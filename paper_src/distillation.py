@@ -1,11 +1,9 @@
 """Fine-tuning of a compact model against the full one, on top of transformers' Trainer."""
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError, fidelity
+from paper_src.checkpoints import claim
 from paper_src.models import last_hidden, logits_of
 
 
@@ -105,7 +104,7 @@ def distil(
     if len(blocks) < settings.batch_size:
         raise InputError(f"{len(blocks)} blocks in batches of {settings.batch_size}: give at least one batch")
     folder = Path(folder)
-    _claim(folder, [blocks, validation.blocks, *student.parameters()], settings)
+    claim(folder, [blocks, validation.blocks, *student.parameters()], settings)
     model, finish = _trainable(student, settings)
     trainer = Distiller(full, validation, settings, kept, progress, model=model, train_dataset=_Blocks(blocks),
                         eval_dataset=_Blocks(validation.blocks),
@@ -117,22 +116,6 @@ def distil(
         return Distilled(student, history)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
     return Distilled(finish(model).to(student.dtype).eval(), history)
-
-
-def _claim(folder: Path, tensors: Sequence[Tensor], settings: Settings) -> None:
-    """Mark ``folder`` as that of this run.
-
-    Raises:
-        InputError: it holds another run.
-    """
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    mark = folder / "run.txt"
-    if mark.is_file() and mark.read_text() != digest.hexdigest():
-        raise InputError(f"{folder} holds checkpoints of another model, text or setting: remove it or name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(digest.hexdigest())
 
 
 def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Settings) -> TrainingArguments:

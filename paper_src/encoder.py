@@ -1,9 +1,11 @@
 """A (compact) language model as encoder of item sequences, trained to put the next item first.
 
 In the manner of SLMRec (arXiv:2405.17890): item vectors through a small adapter into the kept layers, the last state
-against all item vectors, cross-entropy over the whole catalogue. The training loop is transformers' Trainer.
+against all item vectors, cross-entropy over the whole catalogue. Ours is a residual path around the layers, so that
+training starts from the recommender that is not trained. The training loop is transformers' Trainer.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
+from paper_src.checkpoints import claim, keep, kept
 from paper_src.recommend import Scorer, metrics_of, ranks
 
 IGNORED = -100
@@ -54,17 +58,22 @@ class SequenceModel(nn.Module):
     Args:
         body: takes ``inputs_embeds`` (N, T, d), gives ``last_hidden_state``; trained together with the rest.
         vectors: (I, m) start of the item vectors, which are trained.
+        residual: weight of an item over that of the one after it in the mean of the history's item vectors, which
+            is added to the head's output; the head then starts from zero. With 0 nothing is added.
         products: dtype of matrix products outside training, where the Trainer decides.
     """
 
-    def __init__(self, body: nn.Module, vectors: Tensor, products: torch.dtype = torch.float32):
+    def __init__(self, body: nn.Module, vectors: Tensor, residual: float = 0.0, products: torch.dtype = torch.float32):
         super().__init__()
-        self.products = products
+        self.residual, self.products = residual, products
         width = body.config.get_text_config().hidden_size
         self.body = body
         self.items = nn.Embedding.from_pretrained(vectors.clone(), freeze=False)
         self.adapter = nn.Linear(vectors.shape[1], width)
         self.head = nn.Linear(width, vectors.shape[1])
+        if residual:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -74,12 +83,21 @@ class SequenceModel(nn.Module):
             input_ids: (N, T) items, padding (any item) behind.
             labels: (N, T) next items, ``IGNORED`` at padding.
         """
-        hidden = self.body(inputs_embeds=self.adapter(self.items(input_ids) / 0.02), use_cache=False).last_hidden_state
-        states = self.head(hidden)  # (N, T, m)
+        items = self.items(input_ids) / 0.02  # (N, T, m)
+        states = self.head(self.body(inputs_embeds=self.adapter(items), use_cache=False).last_hidden_state)
+        if self.residual:
+            states = states + self._mean(items)
         if labels is None:
             return {"states": states}
         known = labels != IGNORED
         return {"loss": functional.cross_entropy(self.logits(states[known]), labels[known]), "states": states}
+
+    def _mean(self, items: Tensor) -> Tensor:
+        """(N, T, m) weighted mean of each item and those before it, scaled to the norm of an item vector."""
+        place = torch.arange(items.shape[1], device=items.device)
+        age = place[:, None] - place
+        weights = torch.where(age < 0, 0.0, self.residual ** age.clamp(min=0)).to(items.dtype)  # (T, T)
+        return functional.normalize(weights @ items, dim=-1) * items.shape[-1] ** 0.5
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, I) scores of states (n, m)."""
@@ -117,6 +135,7 @@ class Settings:
             to zero.
         body_rate: the same for the body, which starts from what it knows.
         epochs: most passes over the training sequences.
+        residual: of :class:`SequenceModel`.
         patience: looks at validation NDCG@10, one an epoch, without progress after which it stops.
         bfloat16: whether products are in bfloat16.
         seed: of the order of sequences, of new weights and of dropout.
@@ -127,6 +146,7 @@ class Settings:
     learning_rate: float = 1e-3
     body_rate: float = 2e-4
     epochs: int = 4
+    residual: float = 0.8
     patience: int = 1
     bfloat16: bool = False
     seed: int = 0
@@ -143,30 +163,42 @@ def train(
 ) -> tuple[SequenceModel, list[dict[str, float]]]:
     """The trained model, best on validation, and rows ``epoch``, ``seconds`` (training only), ``ndcg10``.
 
+    A run that was killed goes on from its last epoch in ``folder`` and ends where it would have; one that has ended
+    is read from there. A folder of another run is refused.
+
     Args:
         body: of :class:`SequenceModel`, float32; it is trained in place.
         vectors: (I, m) start of the item vectors.
         sequences: training items of each user; those of one item say nothing and are left out.
         validation: histories and next items of users, for early stopping.
-        folder: of checkpoints.
+        folder: of checkpoints, and of the outcome.
         settings: how.
         progress: called with a line of text at each look.
 
     Raises:
-        InputError: no sequence has two items, or the loss is NaN.
+        InputError: no sequence has two items, the loss is NaN, or the folder is of another run.
     """
     rows = [items[-settings.length - 1 :] for items in sequences if len(items) > 1]
     if not rows:
         raise InputError("no training sequence has two items: give longer ones")
     torch.manual_seed(settings.seed)
-    model = SequenceModel(body, vectors, torch.bfloat16 if settings.bfloat16 else torch.float32)
+    products = torch.bfloat16 if settings.bfloat16 else torch.float32
+    model = SequenceModel(body, vectors, settings.residual, products)
+    folder = Path(folder)
+    data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
+    claim(folder, [*data, *model.parameters()], settings)
+    if (history := kept(folder, model)) is not None:
+        return model.eval(), history
     trainer = _Trainer(validation, settings, progress, model=model, train_dataset=_Rows(rows),
                        eval_dataset=_Rows(rows[:1]), data_collator=_collate,
                        optimizers=(_optimizer(model, settings), None), args=_arguments(folder, settings))  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     history = [{key.removeprefix("eval_"): row[key] for key in ("epoch", "eval_seconds", "eval_ndcg10")}
                for row in trainer.state.log_history if "eval_ndcg10" in row]  # fmt: skip
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
+    keep(folder, model, history)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     return model.eval(), history
 
 
@@ -188,7 +220,6 @@ def _arguments(folder: str | Path, settings: Settings) -> TrainingArguments:
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        save_only_model=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_ndcg10",
         greater_is_better=True,
@@ -227,7 +258,7 @@ class _Trainer(Trainer):
         super().__init__(callbacks=[EarlyStoppingCallback(settings.patience)], **arguments)
         self.remove_callback(PrinterCallback)
         self.validation, self.settings, self.progress = validation, settings, progress
-        self.spent, self.resumed = 0.0, time.perf_counter()
+        self.spent, self.resumed = None, time.perf_counter()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
@@ -238,6 +269,8 @@ class _Trainer(Trainer):
         return loss
 
     def evaluate(self, *ignored, **also_ignored) -> dict[str, float]:
+        if self.spent is None:  # seconds before a resumption count as well
+            self.spent = next((row["eval_seconds"] for row in self.state.log_history[::-1] if "eval_seconds" in row), 0)
         self.spent += time.perf_counter() - self.resumed
         found = metrics_of(ranks(trained(self.model, self.settings.length), *self.validation))
         metrics = {f"eval_{name}": float(values.mean()) for name, values in found.items()}

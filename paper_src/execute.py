@@ -77,17 +77,27 @@ def summary(results: Path, since: float) -> str:
 
 def publish(results: Path, target: Path = Path()) -> None:
     """Copy tables, figures, page and summary of ``results`` to the top of the repository, each file whole."""
-    files = [file for folder in ("tables", "figures", "report") for file in sorted((results / folder).glob("[!.]*"))]
+    files = [file for folder in ("tables", "figures", "report") for file in sorted((results / folder).glob("[!.]*.*"))]
     for file in [*files, *results.glob("SUMMARY*.md")]:
-        place = target / file.relative_to(results)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists() or place.read_bytes() != file.read_bytes():
-            with replacing(place) as part:
-                part.write_bytes(file.read_bytes())
+        _copy(file, target / file.relative_to(results))
     for language in ("", ".zh-CN"):
         readme, summary = target / f"README{language}.md", target / f"SUMMARY{language}.md"
         if readme.exists() and summary.exists():
             fill_readme(readme, summary.read_text(encoding="utf-8"))
+
+
+def publish_larger(results: Path, target: Path = Path()) -> None:
+    """Copy tables and figures of sections 5 to 7 of ``results``, those whose budgets are larger, to ``<...>/long``."""
+    for folder in ("tables", "figures"):
+        for file in sorted((results / folder).glob("[tf0][567]_*.*")):
+            _copy(file, target / folder / "long" / file.name)
+
+
+def _copy(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists() or place.read_bytes() != file.read_bytes():
+        with replacing(place) as part:
+            part.write_bytes(file.read_bytes())
 
 
 def claims_block(summary: str) -> str:
@@ -131,7 +141,7 @@ def main() -> int:
         if arguments.summary is not None:
             print(summary(arguments.results, arguments.summary))
         elif arguments.publish:
-            publish(arguments.results)
+            publish_larger(arguments.results) if arguments.results.name == "long" else publish(arguments.results)
         elif arguments.check:
             check_profile(arguments.profile)
         else:

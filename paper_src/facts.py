@@ -38,6 +38,7 @@ def all_facts(read: Read) -> dict[str, object]:
         "recovery": recovery_rows(read),
         "recommendation": recommender_rows(read),
         "baselines": baseline_rows(read),
+        "larger": larger(read),
     }
 
 
@@ -168,6 +169,16 @@ def if_made(read: Read, name: str) -> pd.DataFrame | None:
         return read(name)
     except (InputError, FileNotFoundError):
         return None
+
+
+def larger(read: Read) -> dict[str, object]:
+    """Rows of sections 5 to 7 from a run with larger budgets; empty where there is none on this model."""
+    made = {"t5_recovery": recovery_rows, "t6_movielens": recommender_rows, "t7_baselines": baseline_rows}
+
+    def read_larger(name: str) -> pd.DataFrame:
+        return read(f"long/{name}")
+
+    return {rows.__name__: rows(read_larger) for name, rows in made.items() if if_made(read_larger, name) is not None}
 
 
 def baseline_rows(read: Read) -> dict[str, object] | None:

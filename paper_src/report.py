@@ -70,11 +70,13 @@ class Section:
         return self.read(name)
 
     def read(self, name: str) -> pd.DataFrame:
-        """Table ``name`` of this profile.
+        """Table ``name`` of this profile; ``long/<name>`` is the committed one of a larger run on the same model.
 
         Raises:
             InputError: it was not made yet; the message names the command that makes it.
         """
+        if name.startswith("long/"):
+            return self._larger(name)
         path = self.root / "tables" / f"{name}.csv"
         if not path.is_file():
             raise InputError(f"{path} is missing: run ./reproduce.sh --only {self._maker(name)}")
@@ -120,6 +122,15 @@ class Section:
         with replacing(self.root / "tables" / f"{self.name}.json") as path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self.evaluations.unlink(missing_ok=True)
+
+    def _larger(self, name: str) -> pd.DataFrame:
+        """Committed table ``name`` of a run with larger budgets, if that was on the model of this profile."""
+        record = f"{self._maker(name.removeprefix('long/'))}.json"
+        places = [self.root / "tables" / record, Path("../tables/long") / record]
+        models = [json.loads(place.read_text())["model"] if place.is_file() else None for place in places]
+        if None in models or models[0]["sha256"] != models[1]["sha256"]:
+            raise InputError(f"no larger run of {name} on this model: ./reproduce.sh --profile long makes it")
+        return pd.read_csv(f"../tables/{name}.csv")
 
     def _maker(self, table: str) -> str:
         """Name of the notebook that writes ``table``: t3_speed is made by 03_..."""

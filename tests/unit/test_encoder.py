@@ -20,7 +20,7 @@ def chains(users=60, length=8, seed=0):
 
 
 class TestTrained:
-    def fit(self, folder, body=None, seed=0, **settings):
+    def fit(self, folder, body=None, seed=0, progress=None, **settings):
         train = chains()
         validation = ([items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)]))
         torch.manual_seed(seed)
@@ -30,7 +30,7 @@ class TestTrained:
             seed=seed,
         )
         vectors = encoder.random_vectors(ITEMS, 16)
-        return encoder.train(body, vectors, train, validation, folder, chosen)
+        return encoder.train(body, vectors, train, validation, folder, chosen, progress)
 
     def score(self, model):
         histories = [items[:5] for items in chains(seed=2)]
@@ -67,9 +67,41 @@ class TestTrained:
         found = metrics_of(ranks(encoder.trained(model, 8), *validation))["ndcg10"].mean()
         assert found == pytest.approx(max(row["ndcg10"] for row in history), rel=1e-6)
 
-    def test_padding_changes_nothing(self):
+    def test_a_killed_run_resumes_to_the_same_weights(self, tmp_path):
+        def die(line):
+            if "epoch 2" in line:
+                raise KeyboardInterrupt
+
+        whole, history = self.fit(tmp_path / "whole", epochs=4)
+        with pytest.raises(KeyboardInterrupt):
+            self.fit(tmp_path / "killed", epochs=4, progress=die)
+        resumed, again = self.fit(tmp_path / "killed", epochs=4)
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+        assert [row["ndcg10"] for row in again] == [row["ndcg10"] for row in history]
+        assert [row["epoch"] for row in again] == [1, 2, 3, 4]
+
+    def test_a_run_that_has_ended_is_read_and_not_repeated(self, tmp_path, monkeypatch):
+        model, history = self.fit(tmp_path, epochs=2)
+        assert not list(tmp_path.glob("checkpoint-*"))
+        monkeypatch.setattr(encoder, "_Trainer", None)
+        same, again = self.fit(tmp_path, epochs=2)
+        assert again == history
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+    def test_with_a_residual_it_starts_from_the_weighted_mean_of_the_history(self):
+        vectors = encoder.random_vectors(ITEMS, 16)
+        model = encoder.SequenceModel(encoder.sasrec_body(16, 1, 2, 8), vectors, residual=0.5)
+        histories = [np.array([3, 5]), np.array([1, 2, 4])]
+        users = torch.stack([vectors[3] * 0.5 + vectors[5], vectors[1] * 0.25 + vectors[2] * 0.5 + vectors[4]])
+        expected = torch.nn.functional.normalize(users, dim=-1) @ vectors.T / 0.02  # |x| = sqrt(16), over sqrt(16)
+        torch.testing.assert_close(encoder.trained(model, 8)(histories), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("residual", [0.0, 0.8])
+    def test_padding_changes_nothing(self, residual):
         torch.manual_seed(0)
-        model = encoder.SequenceModel(encoder.sasrec_body(16, 1, 2, 8), encoder.random_vectors(ITEMS, 16)).eval()
+        body, vectors = encoder.sasrec_body(16, 1, 2, 8), encoder.random_vectors(ITEMS, 16)
+        model = encoder.SequenceModel(body, vectors, residual).eval()
+        torch.nn.init.normal_(model.head.weight)
         short, long = np.array([1, 2]), np.array([3, 4, 5, 6, 7])
         together = encoder.trained(model, 8)([short, long])
         alone = torch.cat([encoder.trained(model, 8)([items]) for items in (short, long)])

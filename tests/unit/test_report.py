@@ -48,6 +48,24 @@ def test_missing_table_names_the_command(section, notebook):
         section.read("t3_speed")
 
 
+def test_a_larger_run_is_read_only_if_it_was_on_the_same_model(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    (tmp_path / "notebooks/05_recovery.ipynb").write_text("{}")
+    nbformat.write(nbformat.v4.new_notebook(), "01_demo.ipynb")
+    section = report.Section("01_demo", "../results/p", {})
+    with pytest.raises(InputError, match="no larger run of long/t5_recovery on this model"):
+        section.read("long/t5_recovery")
+    for folder, digest in (("results/p/tables", "a"), ("tables/long", "a")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "05_recovery.json").write_text(json.dumps({"model": {"sha256": digest}}))
+    (tmp_path / "tables/long/t5_recovery.csv").write_text("k\n8\n")
+    assert section.read("long/t5_recovery")["k"].tolist() == [8]
+    (tmp_path / "tables/long/05_recovery.json").write_text(json.dumps({"model": {"sha256": "b"}}))
+    with pytest.raises(InputError, match="no larger run"):
+        section.read("long/t5_recovery")
+
+
 def test_figure_bytes_are_the_same_each_time(section):
     contents = []
     for _ in range(2):

@@ -24,7 +24,7 @@ def bench(**settings):
 
 def test_samples_are_of_users_never_of_items():
     found = bench()
-    assert (len(found.sample), len(found.users), len(found.validation[0])) == (20, 16, 4)
+    assert (len(found.sample), len(found.users), len(found.validation[0])) == (20, 16, 16)
     assert len(found.data.texts) == 15
 
 
