@@ -344,7 +344,7 @@ def laco(
     blocks: Tensor,
     most: int = 4,
     interval: int = 2,
-    thresholds: Sequence[float] = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.0, -1.0),
+    thresholds: Sequence[float] = (0.95, 0.75, 0.5, 0.25, -1.0),
 ) -> PreTrainedModel:
     """Layers merged into those below them, W_l + sum_j (W_{l+j} - W_l), from the top down (LaCo, arXiv:2402.11187).
 
