@@ -106,8 +106,8 @@ rule fidelity:
 rule recovery:
     input:
         sources(
-            "05_recovery", "data", "compaction", "fidelity", "layers", "recovery", "distillation", "repairs", "ranks",
-            "selection", "tables", "figures",
+            "05_recovery", "data", "compaction", "fidelity", "layers", "recovery", "distillation", "checkpoints", "repairs",
+            "ranks", "selection", "tables", "figures",
         ),
         tables("t2_selection", "t2_strategies"),
     output:
@@ -123,8 +123,8 @@ rule recovery:
 rule recommendation:
     input:
         sources(
-            "06_recommendation", "compaction", "interactions", "recommend", "encoder", "repairs", "trials", "fidelity",
-            "figures",
+            "06_recommendation", "compaction", "interactions", "recommend", "encoder", "checkpoints", "repairs", "trials",
+            "fidelity", "figures",
         ),
         tables("t5_recovery"),
         f"{OUT}/notebooks/05_recovery.ipynb",
@@ -141,7 +141,7 @@ rule baselines:
     input:
         sources(
             "07_baselines", "baselines", "budgets", "comparison", "zeroshot", "data", "compaction", "fidelity", "layers", "recovery",
-            "distillation", "repairs", "ranks", "figures",
+            "distillation", "checkpoints", "repairs", "ranks", "figures",
         ),
         tables("t2_selection", "t5_recovery"),
         f"{OUT}/notebooks/05_recovery.ipynb",

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,13 +14,13 @@ from paper_src import InputError
 from paper_src.files import replacing
 
 
-def claim(folder: Path, tensors: Iterable[Tensor], settings: object) -> None:
-    """Mark ``folder`` as that of the run on ``tensors`` (weights and data) with ``settings``, a dataclass.
+def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> None:
+    """Mark ``folder`` as that of the run on ``tensors`` (weights and data) with ``settings``.
 
     Raises:
         InputError: it holds another run.
     """
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     mark = folder / "run.txt"

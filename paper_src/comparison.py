@@ -1,10 +1,11 @@
 """Rows of the comparison: every way to a smaller or faster model on the same text, clock and budget."""
 
 import io
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError, baselines, distillation, fidelity, recovery, timing, zeroshot
+from paper_src.checkpoints import claim
 from paper_src.compaction import compact
+from paper_src.files import replacing
 from paper_src.layers import LayerRunner
 from paper_src.models import count_parameters, decoder_layers
 from paper_src.repairs import Judge, saved
@@ -60,7 +63,7 @@ class Bench:
         items: of zero-shot tasks.
         workloads: what is timed; the first is the prefill.
         rounds: timed rounds.
-        folder: of recovery's checkpoints.
+        folder: of recovery's checkpoints and of finished rows, from which a killed run goes on.
         settings: of the recovery.
         zero_shot_k: sizes whose zero-shot accuracy is taken; 0 are methods without a size.
     """
@@ -173,7 +176,7 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
     """t7_baselines: the full model, each method as it is, then each that can be trained, after the same recovery.
 
     ``status`` is empty, or says why a row has no numbers. Ratios are to the full model in its own dtype,
-    ``*_share`` of the full model in float32.
+    ``*_share`` of the full model in float32. A killed run goes on from the rows in the bench's folder.
 
     Args:
         bench: shared.
@@ -183,10 +186,17 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
     """
     later = [entry for entry in methods if entry.training != "none" and entry.k in recover_k]
     jobs = [(entry, False) for entry in methods] + [(entry, True) for entry in later]
-    rows = [{"method": "full model", "family": "full", "k": len(decoder_layers(bench.full)), "recovered": False,
-             **measured(bench, bench.full, True)}]  # fmt: skip
+    context = {**asdict(bench.settings), "rounds": bench.rounds, "zero_shot_k": list(bench.zero_shot_k),
+               "items": [[part.task, len(part.rows)] for part in bench.items]}  # fmt: skip
+    claim(bench.folder, [bench.blocks, bench.judge.first.blocks, *bench.full.parameters()], context)
+    kept_rows = bench.folder / "rows.jsonl"
+    rows = [json.loads(line) for line in kept_rows.read_text().splitlines()] if kept_rows.is_file() else []
+    if not rows:
+        rows = [{"method": "full model", "family": "full", "k": len(decoder_layers(bench.full)), "recovered": False,
+                 **measured(bench, bench.full, True)}]  # fmt: skip
+    done = {(row["method"], row["k"], row["recovered"]) for row in rows}
     made: dict[tuple[str, int], tuple[Model, float]] = {}
-    for entry, trained in progress(jobs):
+    for entry, trained in progress([job for job in jobs if (job[0].method, job[0].k, job[1]) not in done]):
         row = {"method": entry.method, "family": entry.family, "k": entry.k, "recovered": trained}
         try:
             model, row["calibration_s"] = made.pop((entry.method, entry.k), None) or _make(bench, entry)
@@ -198,7 +208,9 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
         except baselines.NotSupported as error:
             row["status"] = f"not supported: {error}"
         rows.append(row)
-    shutil.rmtree(bench.folder, ignore_errors=True)  # checkpoints, which a killed run goes on from
+        with replacing(kept_rows) as part:
+            part.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    shutil.rmtree(bench.folder)
     frame = pd.DataFrame(rows)
     single = 4 * count_parameters(bench.full)
     frame["status"] = frame["status"].fillna("") if "status" in frame else ""

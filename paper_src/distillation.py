@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -104,7 +104,7 @@ def distil(
     if len(blocks) < settings.batch_size:
         raise InputError(f"{len(blocks)} blocks in batches of {settings.batch_size}: give at least one batch")
     folder = Path(folder)
-    claim(folder, [blocks, validation.blocks, *student.parameters()], settings)
+    claim(folder, [blocks, validation.blocks, *student.parameters()], asdict(settings))
     model, finish = _trainable(student, settings)
     trainer = Distiller(full, validation, settings, kept, progress, model=model, train_dataset=_Blocks(blocks),
                         eval_dataset=_Blocks(validation.blocks),

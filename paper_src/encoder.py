@@ -8,7 +8,7 @@ training starts from the recommender that is not trained. The training loop is t
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +186,7 @@ def train(
     model = SequenceModel(body, vectors, settings.residual, products)
     folder = Path(folder)
     data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
-    claim(folder, [*data, *model.parameters()], settings)
+    claim(folder, [*data, *model.parameters()], asdict(settings))
     if (history := kept(folder, model)) is not None:
         return model.eval(), history
     trainer = _Trainer(validation, settings, progress, model=model, train_dataset=_Rows(rows),

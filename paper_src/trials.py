@@ -131,7 +131,9 @@ def classical(contest: Contest, settings: encoder.Settings, epochs: int, folder:
     for name, scorer in (("most_popular", recommend.most_popular), ("item_knn", recommend.item_knn)):
         start = time.perf_counter()
         contest.enter(name, "none", scorer(train, items), train_users=len(train), seconds=time.perf_counter() - start)
-    small = replace(settings, epochs=epochs, patience=5, body_rate=1e-3, batch_size=64, residual=0.0)
+    small = replace(
+        settings, epochs=epochs, patience=5, learning_rate=1e-3, body_rate=1e-3, batch_size=64, residual=0.0
+    )
     for name, sequences in (("all users", train), ("same users", bench.sample)):
         torch.manual_seed(bench.seed)
         body = encoder.sasrec_body(length=settings.length)

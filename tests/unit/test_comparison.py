@@ -75,6 +75,31 @@ def test_a_lost_layer_is_found(bench, refused):
         comparison.require_alive(broken, bench.blocks[:1])
 
 
+def test_a_killed_comparison_goes_on_from_its_rows(bench, refused):
+    calls = []
+
+    def entry(name, stop=False):
+        def make():
+            calls.append(name)
+            if stop:
+                raise KeyboardInterrupt
+            return compact(bench.full, (0, 3))
+
+        return comparison.Entry(name, "depth", 2, make)
+
+    with pytest.raises(KeyboardInterrupt):
+        comparison.table(bench, [entry("a"), entry("b", stop=True)], recover_k=[])
+    bench.rounds += 1
+    with refused("holds checkpoints of another model, text or setting"):
+        comparison.table(bench, [entry("a"), entry("b")], recover_k=[])
+    bench.rounds -= 1
+    found = comparison.table(bench, [entry("a"), entry("b")], recover_k=[])
+    assert calls == ["a", "b", "b"]
+    assert found["method"].tolist() == ["full model", "a", "b"]
+    assert found.loc[1, "ppl_ratio"] == found.loc[2, "ppl_ratio"]
+    assert not bench.folder.exists()
+
+
 def test_rows_before_and_after_recovery_and_what_is_not_supported(bench):
     def refuse():
         raise baselines.NotSupported("no kernel")
