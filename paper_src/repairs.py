@@ -52,8 +52,7 @@ class Judge:
             blocks = data.token_blocks(tokenizer, text, *shape, seed)
             self.references[domain(name)] = fidelity.reference(full, blocks, mean, metrics=metrics)
             self.digests[f"{domain(name)} {split}"] = digest
-        self.full_nll = {}
-        self.full_nll = {name: self._values(full, name)["nll_nats"].mean() for name in self.references}
+        self.full_nll = {name: self._values(full, name)["nll_nats"] for name in self.references}  # of each block
 
     @property
     def first(self) -> fidelity.Reference:
@@ -61,21 +60,26 @@ class Judge:
         return next(iter(self.references.values()))
 
     def row(self, model: PreTrainedModel) -> dict[str, float]:
-        """All metrics on the first kind of text with intervals; ``ppl_ratio_<domain>``, ``cosine_<domain>`` on all."""
+        """All metrics on the first kind of text with intervals; ``ppl_ratio_<domain>``, ``cosine_<domain>`` on all.
+
+        The interval of ``ppl_ratio`` is of the differences to the full model on the same blocks.
+        """
         row = {}
         for name, reference in self.references.items():
             values = self._values(model, name)
             if reference is self.first:
                 row |= fidelity.summarize(values, self.seed)
-                row |= {f"ppl_ratio{s}": np.exp(row[f"nll_nats{s}"] - self.full_nll[name]) for s in ("", "_lo", "_hi")}
-            row[f"ppl_ratio_{name}"] = np.exp(values["nll_nats"].mean() - self.full_nll[name])
+                gaps = values["nll_nats"] - self.full_nll[name]
+                low, high = np.exp(fidelity.bootstrap_interval(gaps, self.seed))
+                row |= {"ppl_ratio": np.exp(gaps.mean()), "ppl_ratio_lo": low, "ppl_ratio_hi": high}
+            row[f"ppl_ratio_{name}"] = np.exp((values["nll_nats"] - self.full_nll[name]).mean())
             row[f"cosine_{name}"] = values["cosine"].mean()
         ratios = [row[f"ppl_ratio_{name}"] for name in self.references]
         return row | {"ppl_ratio_mean": float(np.exp(np.mean(np.log(ratios))))}
 
     def ppl_ratio(self, model: PreTrainedModel) -> float:
         """Perplexity over the full model's, geometric mean over the kinds of text."""
-        gaps = [self._values(model, name, ("nll_nats",))["nll_nats"].mean() - self.full_nll[name]
+        gaps = [(self._values(model, name, ("nll_nats",))["nll_nats"] - self.full_nll[name]).mean()
                 for name in self.references]  # fmt: skip
         return float(np.exp(np.mean(gaps)))
 

@@ -33,6 +33,8 @@ def test_the_full_model_has_ratio_one_on_every_kind_of_text(judge):
     assert row["cosine"] == pytest.approx(1, abs=1e-6)
     assert [row[f"ppl_ratio_{name}"] for name in ("plain", "other")] == pytest.approx([1, 1])
     assert row["ppl_ratio"] == row["ppl_ratio_plain"]
+    assert row["ppl_ratio_lo"] == row["ppl_ratio_hi"] == pytest.approx(1)  # blocks are hard for both
+    assert row["ppl_lo"] < row["ppl_hi"]
 
 
 def test_the_mean_over_kinds_of_text_is_geometric(judge):
