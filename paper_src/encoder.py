@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -161,7 +161,9 @@ def train(
     settings: Settings,
     progress: Callable | None = None,
 ) -> tuple[SequenceModel, list[dict[str, float]]]:
-    """The trained model, best on validation, and rows ``epoch``, ``seconds`` (training only), ``ndcg10``.
+    """The model that was best on validation, and rows ``epoch``, ``seconds`` (training only), ``ndcg10``.
+
+    Epoch 0 is before any step: a model that training makes worse is given back as it was.
 
     A run that was killed goes on from its last epoch in ``folder`` and ends where it would have; one that has ended
     is read from there. A folder of another run is refused.
@@ -192,10 +194,13 @@ def train(
     trainer = _Trainer(validation, settings, progress, model=model, train_dataset=_Rows(rows),
                        eval_dataset=_Rows(rows[:1]), data_collator=_collate,
                        optimizers=(_optimizer(model, settings), None), args=_arguments(folder, settings))  # fmt: skip
+    start = {name: value.clone() for name, value in model.state_dict().items()}
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     history = [{key.removeprefix("eval_"): row[key] for key in ("epoch", "eval_seconds", "eval_ndcg10")}
                for row in trainer.state.log_history if "eval_ndcg10" in row]  # fmt: skip
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
+    if history[0]["ndcg10"] >= max(row["ndcg10"] for row in history[1:]):
+        model.load_state_dict(start)
     keep(folder, model, history)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -251,11 +256,22 @@ def _collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             for name, pad in pads.items()}  # fmt: skip
 
 
+class _FirstLook(TrainerCallback):
+    """An evaluation before the first step."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        if state.global_step == 0:
+            self.trainer.evaluate()
+
+
 class _Trainer(Trainer):
     """A Trainer whose evaluation is NDCG@10 over the whole catalogue."""
 
     def __init__(self, validation: tuple, settings: Settings, progress: Callable | None, **arguments):
-        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience)], **arguments)
+        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience), _FirstLook(self)], **arguments)
         self.remove_callback(PrinterCallback)
         self.validation, self.settings, self.progress = validation, settings, progress
         self.spent, self.resumed = None, time.perf_counter()

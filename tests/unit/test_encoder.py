@@ -78,7 +78,14 @@ class TestTrained:
         resumed, again = self.fit(tmp_path / "killed", epochs=4)
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
         assert [row["ndcg10"] for row in again] == [row["ndcg10"] for row in history]
-        assert [row["epoch"] for row in again] == [1, 2, 3, 4]
+        assert [row["epoch"] for row in again] == [0, 1, 2, 3, 4]
+
+    def test_steps_that_make_it_worse_are_not_taken(self, tmp_path):
+        torch.manual_seed(0)
+        body = encoder.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        model, history = self.fit(tmp_path, body=body, epochs=2, learning_rate=3.0, body_rate=3.0)
+        assert history[0]["ndcg10"] > max(row["ndcg10"] for row in history[1:])
+        assert torch.equal(model.items.weight, encoder.random_vectors(ITEMS, 16))
 
     def test_a_run_that_has_ended_is_read_and_not_repeated(self, tmp_path, monkeypatch):
         model, history = self.fit(tmp_path, epochs=2)
