@@ -59,6 +59,11 @@ class Judge:
         """The reference on the first kind of text."""
         return next(iter(self.references.values()))
 
+    @property
+    def nll(self) -> float:
+        """The full model's mean loss on the first kind of text, nats/token."""
+        return float(next(iter(self.full_nll.values())).mean())
+
     def row(self, model: PreTrainedModel) -> dict[str, float]:
         """All metrics on the first kind of text with intervals; ``ppl_ratio_<domain>``, ``cosine_<domain>`` on all.
 
@@ -238,8 +243,7 @@ def recover(
 def curve(histories: Sequence[Sequence[dict[str, float]]], judge: Judge) -> pd.DataFrame:
     """t5_curve: every look of the distillations at validation text, ``ppl_ratio`` to the full model's."""
     frame = pd.DataFrame([row for history in histories for row in history])
-    full = judge.full_nll[next(iter(judge.references))]
-    return frame.assign(ppl_ratio=np.exp(frame["nll_nats"] - full))
+    return frame.assign(ppl_ratio=np.exp(frame["nll_nats"] - judge.nll))
 
 
 def saved(full: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -287,7 +291,7 @@ def framed(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge: Judg
     depth = full.config.get_text_config().num_hidden_layers
     base = {"tokens": 0, "seconds": 0.0, "parameters_added": 0}
     constant = fidelity.summarize(fidelity.compare_constant(full, judge.first), judge.seed)
-    constant["ppl_ratio"] = float(np.exp(constant["nll_nats"] - judge.full_nll[next(iter(judge.references))]))
+    constant["ppl_ratio"] = float(np.exp(constant["nll_nats"] - judge.nll))
     first = {"k": depth, "selection": "full", "kept": kept_text(range(depth)), "recovery": "none", **base}
     last = {"k": 0, "selection": "trivial", "recovery": "none", **base, **constant}
     return pd.DataFrame([first | judge.row(full), *rows, last]).assign(n_tokens=judge.first.blocks.numel())

@@ -37,6 +37,16 @@ def test_the_full_model_has_ratio_one_on_every_kind_of_text(judge):
     assert row["ppl_lo"] < row["ppl_hi"]
 
 
+def test_looks_and_the_constant_answer_are_set_beside_the_full_model(judge):
+    model, judge = judge
+    nll = judge.row(model)["nll_nats"]
+    looks = repairs.curve([[{"k": 2, "nll_nats": nll}], [{"k": 2, "nll_nats": nll + math.log(3)}]], judge)
+    assert looks["ppl_ratio"].tolist() == pytest.approx([1, 3])
+    framed = repairs.framed([], model, judge)
+    assert framed["ppl_ratio"].iloc[0] == pytest.approx(1)
+    assert framed["ppl_ratio"].iloc[1] == pytest.approx(math.exp(framed["nll_nats"].iloc[1] - nll))
+
+
 def test_the_mean_over_kinds_of_text_is_geometric(judge):
     model, judge = judge
     small = compact(model, (0, 3))
