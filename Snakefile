@@ -2,6 +2,7 @@
 #   snakemake --cores 2 --config profile=tiny
 #   snakemake --executor slurm --jobs 8 --config profile=gpu model=/path/to/model
 # A later section is one more notebook, one more rule here, and its target below.
+import glob
 import os
 import sys
 
@@ -176,6 +177,7 @@ rule summary:
         tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
         tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t4_strategies", "t8_controls", "t8_scores"),
         tables("t5_selection", "t5_mix", "t5_recovery", "t6_movielens", "t7_baselines", "t7_budgets"),
+        sorted(glob.glob("tables/long/*")),  # of a run with larger budgets, where it was on the same model
     output:
         tables("t9_claims"),
         f"{OUT}/SUMMARY.md",

@@ -91,6 +91,12 @@ WORDS = {
         "k = {large_k}：余弦 {large_cosine:.2f}，{large_ppl:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
+    "cosine-after-longer-recovery": Words(
+        f"通过微调使余弦高于 {earlier.COSINE_TARGET}：预算更大时。",
+        "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
+        "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
+        "最小的模型在测试文本上达到目标",
+    ),
     "against-pruning-and-quantization": Words(
         "与剪枝和量化的比较悬而未决。",
         "在 k = {k} 的大小下、经过同样的小规模修复：裁层的困惑度为完整模型的 {cut:.1f} 倍、速度 {cut_x:.2f} 倍，收窄各层 "

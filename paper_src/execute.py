@@ -109,7 +109,8 @@ def claims_block(summary: str) -> str:
     for claim, ours, holds, _, source in body:
         notebooks = re.findall(r"\d\d_[a-z]+", source)
         links = ", ".join(f"[{name[:2]}](notebooks/{name}.ipynb)" for name in notebooks)
-        lines.append([claim, ours, holds, links, f"`{notebooks[0]}`"])
+        larger = " --profile long" if source.startswith("long/") else ""
+        lines.append([claim, ours, holds, links, f"`{notebooks[0]}{larger}`"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

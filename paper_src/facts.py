@@ -163,6 +163,11 @@ def repaired(read: Read) -> dict[str, float]:
     }  # fmt: skip
 
 
+def repaired_longer(read: Read) -> dict[str, float] | None:
+    """:func:`repaired` of the run with larger budgets."""
+    return None if if_made(read, "long/t5_recovery") is None else repaired(of_larger(read))
+
+
 def if_made(read: Read, name: str) -> pd.DataFrame | None:
     """Table ``name``, or None where its section was not run or its data are not on this machine."""
     try:
@@ -171,14 +176,20 @@ def if_made(read: Read, name: str) -> pd.DataFrame | None:
         return None
 
 
+def of_larger(read: Read) -> Read:
+    """Reads a table of the run with larger budgets."""
+    return lambda name: read(f"long/{name}")
+
+
 def larger(read: Read) -> dict[str, object]:
-    """Rows of sections 5 to 7 from a run with larger budgets; empty where there is none on this model."""
-    made = {"t5_recovery": recovery_rows, "t6_movielens": recommender_rows, "t7_baselines": baseline_rows}
-
-    def read_larger(name: str) -> pd.DataFrame:
-        return read(f"long/{name}")
-
-    return {rows.__name__: rows(read_larger) for name, rows in made.items() if if_made(read_larger, name) is not None}
+    """Rows of sections 5 to 7 from a run with larger budgets; each empty where there is none on this model."""
+    read_larger = of_larger(read)
+    there = if_made(read_larger, "t5_recovery") is not None
+    return {
+        "recovery": recovery_rows(read_larger) if there else None,
+        "recommendation": recommender_rows(read_larger),
+        "baselines": baseline_rows(read_larger),
+    }
 
 
 def baseline_rows(read: Read) -> dict[str, object] | None:
