@@ -73,9 +73,14 @@ def test_a_contest_leaves_the_models_alone_and_fills_every_row(tmp_path, tokeniz
     before = {name: value.clone() for name, value in full.state_dict().items()}
     models = {"full": full, "compact": compaction.compact(full, (0, 3))}
     settings = encoder.Settings(length=6, batch_size=4, epochs=1)
-    table = trials.contest(bench(), models, tokenizer, settings, 8, tmp_path / "trial", rounds=2)
+    table, again = (trials.contest(bench(), models, tokenizer, settings, 8, tmp_path / "trial", rounds=2) for _ in "ab")
     assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
-    assert not (tmp_path / "trial").exists()
+    assert sorted(folder.name for folder in (tmp_path / "trial").iterdir()) == [
+        "ring-sasrec-all_users", "ring-sasrec-same_users", "ring-trained-compact", "ring-trained-full"
+    ]  # fmt: skip
+    trained = table["method"].isin(["sasrec", "trained"])
+    assert table.loc[trained, "seconds"].tolist() == again.loc[trained, "seconds"].tolist()  # read, not trained again
+    assert table["ndcg10"].tolist() == again["ndcg10"].tolist()
     assert table["method"].value_counts().to_dict() == {
         "sasrec": 2, "frozen": 2, "trained": 2, "most_popular": 1, "item_knn": 1
     }  # fmt: skip
