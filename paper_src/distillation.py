@@ -110,7 +110,8 @@ def distil(
                         eval_dataset=_Blocks(validation.blocks),
                         args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    history = [{"step": row["step"], **{key.removeprefix("eval_"): row[key] for key in row if "eval_" in key}}
+    columns = (*fidelity.METRICS, "tokens", "seconds")  # the log of a resumed run has another order
+    history = [{"step": row["step"], **{name: row[f"eval_{name}"] for name in columns}}
                for row in trainer.state.log_history if "eval_kl_nats" in row]  # fmt: skip
     if history[0]["kl_nats"] <= min(row["kl_nats"] for row in history[1:]):  # the first look is before any step
         return Distilled(student, history)

@@ -139,6 +139,7 @@ run(Path({str(tmp_path / "killed")!r}), count={count}, epochs={epochs}, progress
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
     resumed, _ = run(tmp_path / "killed", count=count, epochs=epochs)
     assert [row["step"] for row in resumed.history] == [0, 4, 8, 12]
+    assert [list(row) for row in resumed.history] == [list(row) for row in whole.history]
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
