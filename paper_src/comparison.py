@@ -187,8 +187,11 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
     later = [entry for entry in methods if entry.training != "none" and entry.k in recover_k]
     jobs = [(entry, False) for entry in methods] + [(entry, True) for entry in later]
     context = {**asdict(bench.settings), "rounds": bench.rounds, "zero_shot_k": list(bench.zero_shot_k),
-               "items": [[part.task, len(part.rows)] for part in bench.items]}  # fmt: skip
-    claim(bench.folder, [bench.blocks, bench.judge.first.blocks, *bench.full.parameters()], context)
+               "items": [[part.task, part.rows] for part in bench.items],
+               "workloads": [str(work) for work in bench.workloads],
+               "methods": [[entry.method, entry.k, list(entry.kept)] for entry in methods]}  # fmt: skip
+    texts = [bench.blocks, bench.judge.first.blocks, bench.validation.blocks]
+    claim(bench.folder, [*texts, *bench.full.parameters()], context)
     kept_rows = bench.folder / "rows.jsonl"
     rows = [json.loads(line) for line in kept_rows.read_text().splitlines()] if kept_rows.is_file() else []
     if not rows:

@@ -137,6 +137,7 @@ def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Setti
         save_steps=settings.evaluate_every,
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # that of early stopping
         metric_for_best_model="eval_kl_nats",
         greater_is_better=False,
         logging_strategy="no",

@@ -226,6 +226,7 @@ def _arguments(folder: str | Path, settings: Settings) -> TrainingArguments:
         save_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # that of early stopping
         metric_for_best_model="eval_ndcg10",
         greater_is_better=True,
         train_sampling_strategy="group_by_length",

@@ -251,7 +251,8 @@ def still_recommends(read: Read) -> dict[str, object] | None:
         popular, same, everyone = by_name.loc[others, "ndcg10"]
         found.append({**best.to_dict(), "dataset": name, "popular": popular, "same": same, "everyone": everyone})
     lead = min(row["ndcg10"] - row["popular"] for row in found)
-    return {"each": found, "lowest": min(row["share_of_full"] for row in found), "lead": lead}
+    return {"each": found, "lowest": min(row["share_lo"] for row in found), "lead": lead,
+            "epochs": min(row["epochs"] for row in found)}  # fmt: skip
 
 
 def halves(read: Read) -> dict[str, float]:
