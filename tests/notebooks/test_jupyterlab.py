@@ -22,7 +22,8 @@ def server(tmp_path):
     (tmp_path / "notebooks").mkdir()
     for path in NOTEBOOKS:
         shutil.copy(path, tmp_path / "notebooks")
-    shutil.copytree(ROOT / "tables", tmp_path / "results" / "laptop" / "tables")
+    for place in (tmp_path / "tables", tmp_path / "results" / "laptop" / "tables"):
+        shutil.copytree(ROOT / "tables", place)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
