@@ -9,9 +9,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from paper_src import InputError
 from paper_src.files import replacing
+
+
+class FirstLook(TrainerCallback):
+    """An evaluation before the first step of a run that does not go on from a checkpoint."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        if state.global_step == 0:
+            self.trainer.evaluate()
+
+
+def seconds_before(state: TrainerState) -> float:
+    """Training seconds at the last evaluation in the log, 0 where there is none."""
+    return next((row["eval_seconds"] for row in state.log_history[::-1] if "eval_seconds" in row), 0.0)
 
 
 def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> None:

@@ -230,10 +230,9 @@ CLAIMS = (
         reported=f"A cosine above {reported.COSINE_TARGET} by fine-tuning the kept layers is left open.",
         values=facts.repaired,
         ours="k = {k}, closed form and distillation on {tokens:,} tokens, passes counted: cosine {cosine:.2f} "
-        "(centred {centred:.2f}, "
-        "constant {trivial:.2f}), the same first token in {agreement:.0%}, perplexity {ppl:.1f} times the full model's "
-        "({cut:,.0f} before), {mean:.1f} times over all kinds of text; k = {large_k}: cosine {large_cosine:.2f}, "
-        "{large_ppl:.2f} times.",
+        "(centred {centred:.2f}, constant {trivial:.2f}), the same first token in {agreement:.0%}, perplexity "
+        "{ppl:.1f} times the full model's ({cut:,.0f} before), {mean:.1f} times over all kinds of text; k = "
+        "{large_k}: cosine {large_cosine:.2f}, {large_ppl:.2f} times.",
         holds=lambda v: v["cosine"] >= reported.COSINE_TARGET,
         rule="the smallest model reaches the target on test text",
         expected=None,
@@ -256,11 +255,10 @@ CLAIMS = (
         reported="A comparison with pruning and quantization is left open.",
         values=facts.compared,
         ours="At the size of k = {k}, after the same small distillation (layers cut are first refitted): layers cut "
-        "{cut:.1f} times the full model's "
-        "perplexity at {cut_x:.2f} times its speed, narrower layers {width:.1f} at {width_x:.2f}, low rank {thin:.1f} "
-        "at {thin_x:.2f} (lowest of all: {best}, {best_ppl:.1f}). Untrained int8 weights: {int8:.3f} at {int8_x:.2f} "
-        "and {int8_share:.0%} of the float32 bytes; the model of section 5 in int8: {both:.2f} ({alone:.2f} before) "
-        "at {both_x:.2f} and {both_share:.0%}.",
+        "{cut:.1f} times the full model's perplexity at {cut_x:.2f} times its speed, narrower layers {width:.1f} at "
+        "{width_x:.2f}, low rank {thin:.1f} at {thin_x:.2f} (lowest of all: {best}, {best_ppl:.1f}). Untrained int8 "
+        "weights: {int8:.3f} at {int8_x:.2f} and {int8_share:.0%} of the float32 bytes; the model of section 5 in "
+        "int8: {both:.2f} ({alone:.2f} before) at {both_x:.2f} and {both_share:.0%}.",
         holds=lambda v: v["cut"] <= min(v["width"], v["thin"], v["best_ppl"]) and v["cut_x"] >= 3,
         rule="at 3 times the speed, and of all at this size the lowest perplexity",
         expected=None,
@@ -273,12 +271,10 @@ CLAIMS = (
         ours="Trained on a sample of users, ranked over the whole catalogue, the smallest model keeps: {each}.",
         each="{dataset}: NDCG@10 {ndcg10:.4f}, {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}] of the full "
         "model's after {epochs:.0f} epochs, at {speedup:.2f} times its speed (most popular {popular:.4f}, SASRec on "
-        "the same users {same:.4f}, "
-        "on all {everyone:.4f})",
+        "the same users {same:.4f}, on all {everyone:.4f})",
         holds=lambda v: v["lowest"] >= 0.95 and v["lead"] > 0 and v["epochs"] > 0,
         rule="on every data set the interval's lower end at 95% of the full model's NDCG@10, more than the most "
-        "popular "
-        "items have, and training that helped: after 0 epochs the layers have no say",
+        "popular items have, and training that helped: after 0 epochs the layers have no say",
         expected=None,
         source="t6_movielens, t6_amazon (06_recommendation)",
     ),

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError, fidelity
-from paper_src.checkpoints import claim
+from paper_src.checkpoints import FirstLook, claim, seconds_before
 from paper_src.models import last_hidden, logits_of
 
 
@@ -207,7 +207,9 @@ class Distiller(Trainer):
         progress: Callable | None,
         **arguments,
     ):
-        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience), _Clock(self)], **arguments)
+        super().__init__(
+            callbacks=[EarlyStoppingCallback(settings.patience), _Clock(self), FirstLook(self)], **arguments
+        )
         self.remove_callback(PrinterCallback)
         self.teacher, self.validation, self.settings, self.kept = teacher, validation, settings, kept
         self.progress = progress
@@ -274,9 +276,7 @@ class _Clock(TrainerCallback):
         self.trainer, self.begun = trainer, 0.0
 
     def on_train_begin(self, args, state, control, **others) -> None:
-        self.trainer.spent = next((row["eval_seconds"] for row in state.log_history[::-1] if "eval_seconds" in row), 0)
-        if state.global_step == 0:
-            self.trainer.evaluate()
+        self.trainer.spent = seconds_before(state)
 
     def on_step_begin(self, args, state, control, **others) -> None:
         self.begun = time.perf_counter()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
-from paper_src.checkpoints import claim, keep, kept
+from paper_src.checkpoints import FirstLook, claim, keep, kept, seconds_before
 from paper_src.recommend import Scorer, metrics_of, ranks
 
 IGNORED = -100
@@ -191,6 +191,18 @@ def train(
     claim(folder, [*data, *model.parameters()], asdict(settings))
     if (history := kept(folder, model)) is not None:
         return model.eval(), history
+    history = _fit(model, rows, validation, folder, settings, progress)
+    keep(folder, model, history)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return model.eval(), history
+
+
+def _fit(
+    model: SequenceModel, rows: Sequence[np.ndarray], validation: tuple, folder: Path, settings: Settings,
+    progress: Callable | None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train ``model`` in place, to its best state on validation; the looks at that."""
     trainer = _Trainer(validation, settings, progress, model=model, train_dataset=_Rows(rows),
                        eval_dataset=_Rows(rows[:1]), data_collator=_collate,
                        optimizers=(_optimizer(model, settings), None), args=_arguments(folder, settings))  # fmt: skip
@@ -201,10 +213,7 @@ def train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
     if history[0]["ndcg10"] >= max(row["ndcg10"] for row in history[1:]):
         model.load_state_dict(start)
-    keep(folder, model, history)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return model.eval(), history
+    return history
 
 
 def _optimizer(model: SequenceModel, settings: Settings) -> torch.optim.AdamW:
@@ -257,22 +266,11 @@ def _collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             for name, pad in pads.items()}  # fmt: skip
 
 
-class _FirstLook(TrainerCallback):
-    """An evaluation before the first step."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **others) -> None:
-        if state.global_step == 0:
-            self.trainer.evaluate()
-
-
 class _Trainer(Trainer):
     """A Trainer whose evaluation is NDCG@10 over the whole catalogue."""
 
     def __init__(self, validation: tuple, settings: Settings, progress: Callable | None, **arguments):
-        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience), _FirstLook(self)], **arguments)
+        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience), FirstLook(self)], **arguments)
         self.remove_callback(PrinterCallback)
         self.validation, self.settings, self.progress = validation, settings, progress
         self.spent, self.resumed = None, time.perf_counter()
@@ -287,7 +285,7 @@ class _Trainer(Trainer):
 
     def evaluate(self, *ignored, **also_ignored) -> dict[str, float]:
         if self.spent is None:  # seconds before a resumption count as well
-            self.spent = next((row["eval_seconds"] for row in self.state.log_history[::-1] if "eval_seconds" in row), 0)
+            self.spent = seconds_before(self.state)
         self.spent += time.perf_counter() - self.resumed
         found = metrics_of(ranks(trained(self.model, self.settings.length), *self.validation))
         metrics = {f"eval_{name}": float(values.mean()) for name, values in found.items()}

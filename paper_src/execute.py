@@ -77,7 +77,7 @@ def summary(results: Path, since: float) -> str:
 
 def publish(results: Path, target: Path = Path()) -> None:
     """Copy tables, figures, page and summary of ``results`` to the top of the repository, each file whole."""
-    files = [file for folder in ("tables", "figures", "report") for file in sorted((results / folder).glob("[!.]*.*"))]
+    files = [file for folder in ("tables", "figures", "report") for file in sorted((results / folder).glob("[!.]*"))]
     for file in [*files, *results.glob("SUMMARY*.md")]:
         _copy(file, target / file.relative_to(results))
     for language in ("", ".zh-CN"):
@@ -142,7 +142,7 @@ def main() -> int:
         if arguments.summary is not None:
             print(summary(arguments.results, arguments.summary))
         elif arguments.publish:
-            publish_larger(arguments.results) if arguments.results.name == "long" else publish(arguments.results)
+            (publish_larger if arguments.results.name == "long" else publish)(arguments.results)
         elif arguments.check:
             check_profile(arguments.profile)
         else:
