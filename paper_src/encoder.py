@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, PreTrainedConfig, Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -50,6 +51,17 @@ def sasrec_body(width: int = 64, layers: int = 2, heads: int = 2, length: int = 
                         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
                         bos_token_id=None, eos_token_id=None)  # fmt: skip
     return GPT2Model(config)
+
+
+class NoLayers(nn.Module):
+    """A body that gives back what it takes: what is learned with it owes nothing to a model's layers."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, inputs_embeds: Tensor, use_cache: bool = False) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
 class SequenceModel(nn.Module):
@@ -220,7 +232,7 @@ def _optimizer(model: SequenceModel, settings: Settings) -> torch.optim.AdamW:
     body = [parameter for name, parameter in model.named_parameters() if name.startswith("body.")]
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("body.")]
     groups = [{"params": body, "lr": settings.body_rate}, {"params": others, "lr": settings.learning_rate}]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def _arguments(folder: str | Path, settings: Settings) -> TrainingArguments:

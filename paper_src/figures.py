@@ -346,6 +346,7 @@ METHODS = {
     "sasrec": (GREEN, "SASRec"),
     "frozen": (ORANGE, "frozen"),
     "trained": (BLUE, "trained"),
+    "no_layers": (RED, "no layers"),
 }
 
 

@@ -19,6 +19,7 @@ from paper_src.models import count_parameters
 from paper_src.repairs import saved
 
 SASREC_WIDTH = 64
+SASREC_BATCH = 64  # sequences a step
 WATCHED = 1000  # users; of a quarter as many, the best epoch was often not the best
 
 
@@ -79,29 +80,42 @@ class Contest:
         self.report(f"{self.bench.data.name}, {method} {model}: NDCG@10 {row['ndcg10']:.4f}, HR@10 {row['hr10']:.4f}")
 
     def table(self, rounds: int) -> pd.DataFrame:
-        """t6_*: the rows, with NDCG@10 over the full model's of the same method (paired interval) and the speed."""
+        """t6_*: the rows, with NDCG@10 over the full model's and over that without layers, and the speed.
+
+        Both ratios pair the same users: ``share_of_full`` is of the same method, ``over_no_layers`` of the same
+        item vectors, users and training.
+        """
         frame = pd.DataFrame(self.rows)
         base = {
             "n_users": len(self.bench.users),
             "n_items": len(self.bench.data.texts),
             "dataset": self.bench.data.name,
         }
-        shares = [self._share(row["method"], row["model"]) for row in self.rows]
+        shares = [self._ratios(row["method"], row["model"]) for row in self.rows]
         frame = pd.concat([frame, pd.DataFrame(shares)], axis=1).assign(**base)
         return frame.merge(self._speeds(rounds), on=["method", "model"], how="left")
 
-    def _share(self, method: str, model: str) -> dict[str, float]:
-        """NDCG@10 over the full model's, with the interval of a bootstrap over the same users for both."""
-        if (method, "full") not in self.users or model == "full":
-            return {"share_of_full": np.nan, "share_lo": np.nan, "share_hi": np.nan}
-        own, full = self.users[method, model], self.users[method, "full"]
+    def _ratios(self, method: str, model: str) -> dict[str, float]:
+        """The columns of :meth:`table` with ratios, NaN where there is nothing to compare with."""
+        full = (method, "full") if model != "full" else None
+        bare = ("no_layers", model) if method == "trained" else None
+        columns = {("share_of_full", "share_lo", "share_hi"): full,
+                   ("over_no_layers", "over_no_layers_lo", "over_no_layers_hi"): bare}  # fmt: skip
+        return {name: value for names, base in columns.items()
+                for name, value in zip(names, self._ratio((method, model), base), strict=True)}  # fmt: skip
+
+    def _ratio(self, key: tuple[str, str], base: tuple[str, str] | None) -> tuple[float, float, float]:
+        """NDCG@10 of ``key`` over that of ``base``, with the interval of a bootstrap over the same users for both."""
+        if base not in self.users:
+            return np.nan, np.nan, np.nan
+        own, other = self.users[key], self.users[base]
         picks = np.random.default_rng(self.bench.seed).integers(len(own), size=(2000, len(own)))
         with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = np.nanquantile(own[picks].mean(1) / full[picks].mean(1), [0.025, 0.975])
-            return {"share_of_full": own.mean() / full.mean(), "share_lo": low, "share_hi": high}
+            low, high = np.nanquantile(own[picks].mean(1) / other[picks].mean(1), [0.025, 0.975])
+            return own.mean() / other.mean(), low, high
 
     def _speeds(self, rounds: int, users: int = 128) -> pd.DataFrame:
-        """``users_per_s`` at inference, and the speedup over the full model, interleaved."""
+        """``users_per_s`` at inference, and the speedup over the trained full model, interleaved."""
         histories = self.bench.test[0][:users]
 
         def timed(key: tuple[str, str]) -> float:
@@ -112,10 +126,10 @@ class Contest:
         for key in self.scorers:
             timed(key)  # warms up
         seconds = timing.interleaved(list(self.scorers), timed, rounds)
-        rows = []
+        rows, base = [], ("trained", "full")
         for (method, model), own in seconds.items():
-            full = seconds.get((method, "full"))
-            ratio = timing.ratio_interval(np.divide(full, own), self.bench.seed) if full and model != "full" else {}
+            compared = base in seconds and (method, model) != base
+            ratio = timing.ratio_interval(np.divide(seconds[base], own), self.bench.seed) if compared else {}
             rows.append({"method": method, "model": model, "users_per_s": len(histories) / np.median(own), **ratio})
         return pd.DataFrame(rows)
 
@@ -123,20 +137,24 @@ class Contest:
 def classical(contest: Contest, settings: encoder.Settings, epochs: int, folder: Path) -> None:
     """Most popular, item-kNN and SASRec on all users; SASRec also on the users that language models learn from.
 
-    SASRec is small and starts from nothing: it has more passes, and stops when five looks bring no progress.
+    SASRec is small and starts from nothing: it has ``epochs`` passes, and stops when five bring no progress. On the
+    few users it has as many steps, of fewer sequences each, and stops after as many. Its learning rate is no worse
+    than three times it on validation users of both data sets.
     """
     bench = contest.bench
     train, items = bench.split.train, len(bench.data.texts)
     for name, scorer in (("most_popular", recommend.most_popular), ("item_knn", recommend.item_knn)):
         start = time.perf_counter()
         contest.enter(name, "none", scorer(train, items), train_users=len(train), seconds=time.perf_counter() - start)
-    small = replace(
-        settings, epochs=epochs, patience=5, learning_rate=1e-3, body_rate=1e-3, batch_size=64, residual=0.0
-    )
-    for name, sequences in (("all users", train), ("same users", bench.sample)):
+    batch = min(settings.batch_size, SASREC_BATCH)
+    passes = max(1.0, len(train) / len(bench.sample) * batch / SASREC_BATCH)
+    for name, sequences, batch_size, times in (("all users", train, SASREC_BATCH, 1.0),
+                                               ("same users", bench.sample, batch, passes)):  # fmt: skip
         torch.manual_seed(bench.seed)
         body = encoder.sasrec_body(length=settings.length)
         vectors = encoder.random_vectors(items, SASREC_WIDTH, bench.seed)
+        small = replace(settings, epochs=round(epochs * times), patience=round(5 * times), batch_size=batch_size,
+                        learning_rate=1e-3, body_rate=1e-3, residual=0.0)  # fmt: skip
         _train(contest, "sasrec", name, body, vectors, sequences, small, folder)
 
 
@@ -150,15 +168,22 @@ def language_model(
     folder: Path,
     progress: Callable = iter,
 ) -> None:
-    """One model, frozen and trained: item vectors start from its own states of the items' texts."""
+    """One model, frozen, trained, and trained without its layers: item vectors start from its own states of texts.
+
+    Without layers there is little to train: for the cut model that row is also of all users, as SASRec's is.
+    """
     start = time.perf_counter()
     states = recommend.text_states(model, tokenizer, contest.bench.data.texts, progress=progress)
     spent = time.perf_counter() - start
     contest.enter("frozen", name, recommend.frozen(states), train_users=0, seconds=spent,
                   parameters=count_parameters(model))  # fmt: skip
+    vectors, sample = encoder.item_vectors(states, width), contest.bench.sample
     body = copy.deepcopy(model.base_model).float()
-    vectors = encoder.item_vectors(states, width)
-    _train(contest, "trained", name, body, vectors, contest.bench.sample, settings, folder)
+    _train(contest, "trained", name, body, vectors, sample, settings, folder)
+    _train(contest, "no_layers", name, encoder.NoLayers(model.config), vectors, sample, settings, folder)
+    if name == "compact":
+        bare, everyone = encoder.NoLayers(model.config), contest.bench.split.train
+        _train(contest, "no_layers", f"{name}, all users", bare, vectors, everyone, settings, folder)
 
 
 def _train(
@@ -172,7 +197,7 @@ def _train(
     folder: Path,
 ) -> None:
     bench = contest.bench
-    own = folder / f"{bench.data.name}-{method}-{name.replace(' ', '_')}"
+    own = folder / f"{bench.data.name}-{method}-{name.replace(', ', '-').replace(' ', '_')}"
     trained, history = encoder.train(body, vectors, sequences, bench.validation, own, settings)
     scorer = encoder.trained(trained, settings.length)
     best = max(history, key=lambda row: row["ndcg10"])

@@ -105,6 +105,7 @@ def test_recommenders_stand_beside_popularity_and_the_full_catalogue(read):
         rows = read(name).set_index(["method", "model"])
         assert {("most_popular", "none"), ("item_knn", "none"), ("sasrec", "all users")} <= set(rows.index)
         assert {"full", "compact", "recovered", "first_layers"} <= set(rows.loc["trained"].index)
+        assert set(rows.loc["trained"].index) | {"compact, all users"} == set(rows.loc["no_layers"].index)
         assert (rows["n_items"] > 3000).all()  # items are never sampled
         assert (rows["ndcg10_lo"] <= rows["ndcg10"]).all()
 

@@ -48,6 +48,13 @@ class TestTrained:
         model, _ = self.fit(tmp_path, body=small.model)
         assert self.score(model)["mrr"].mean() > 0.9
 
+    def test_without_layers_only_the_last_item_is_seen(self, tmp_path):
+        config = build_model("llama").config
+        model, history = self.fit(tmp_path, body=encoder.NoLayers(config), residual=0.0)
+        assert history[-1]["ndcg10"] > 0.9  # the planted order asks for no more
+        score = encoder.trained(model, 8)
+        assert torch.equal(score([np.array([3, 4, 5])]), score([np.array([0, 5])]))
+
     def test_the_same_seed_gives_the_same_weights(self, tmp_path):
         first, second, third = (self.fit(tmp_path / str(n), seed=seed, epochs=2)[0] for n, seed in enumerate((0, 0, 1)))
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

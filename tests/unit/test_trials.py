@@ -44,10 +44,12 @@ def test_shares_pair_the_same_users():
     held = trials.Contest(bench(), report=lambda line: None)
     full = np.random.default_rng(0).uniform(0.1, 1, 16)
     held.users = {("trained", "full"): full, ("trained", "compact"): full / 2, ("frozen", "compact"): full}
-    share = held._share("trained", "compact")
-    assert list(share.values()) == pytest.approx([0.5, 0.5, 0.5])  # users differ, the share does not
-    assert np.isnan(held._share("trained", "full")["share_of_full"])
-    assert np.isnan(held._share("frozen", "compact")["share_of_full"])
+    held.users["no_layers", "compact"] = full / 4
+    ratios = held._ratios("trained", "compact")
+    assert list(ratios.values()) == pytest.approx([0.5, 0.5, 0.5, 2, 2, 2])  # users differ, the ratios do not
+    assert np.isnan(list(held._ratios("trained", "full").values())).all()
+    assert np.isnan(list(held._ratios("frozen", "compact").values())).all()
+    assert np.isnan(held._ratios("no_layers", "compact")["over_no_layers"])
 
 
 def test_variants_are_the_kept_the_repaired_and_the_first_layers(tmp_path, llama):
@@ -76,14 +78,19 @@ def test_a_contest_leaves_the_models_alone_and_fills_every_row(tmp_path, tokeniz
     table, again = (trials.contest(bench(), models, tokenizer, settings, 8, tmp_path / "trial", rounds=2) for _ in "ab")
     assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
     assert sorted(folder.name for folder in (tmp_path / "trial").iterdir()) == [
-        "ring-sasrec-all_users", "ring-sasrec-same_users", "ring-trained-compact", "ring-trained-full"
+        "ring-no_layers-compact", "ring-no_layers-compact-all_users", "ring-no_layers-full",
+        "ring-sasrec-all_users", "ring-sasrec-same_users", "ring-trained-compact", "ring-trained-full",
     ]  # fmt: skip
-    trained = table["method"].isin(["sasrec", "trained"])
+    trained = table["method"].isin(["sasrec", "trained", "no_layers"])
     assert table.loc[trained, "seconds"].tolist() == again.loc[trained, "seconds"].tolist()  # read, not trained again
     assert table["ndcg10"].tolist() == again["ndcg10"].tolist()
     assert table["method"].value_counts().to_dict() == {
-        "sasrec": 2, "frozen": 2, "trained": 2, "most_popular": 1, "item_knn": 1
+        "no_layers": 3, "sasrec": 2, "frozen": 2, "trained": 2, "most_popular": 1, "item_knn": 1
     }  # fmt: skip
     assert table[["hr5", "hr10", "ndcg5", "ndcg10", "mrr", "ndcg10_lo", "train_users"]].notna().all().all()
-    compact = table.set_index(["method", "model"]).loc[("trained", "compact")]
-    assert compact[["share_of_full", "speedup", "users_per_s", "parameters", "seconds"]].notna().all()
+    rows = table.set_index(["method", "model"])
+    filled = ["share_of_full", "over_no_layers", "speedup", "users_per_s", "parameters", "seconds"]
+    assert rows.loc[("trained", "compact"), filled].notna().all()
+    assert rows.loc[("no_layers", "compact, all users"), "train_users"] == 40
+    vectors = 15 * 8 + 2 * 8 * full.config.hidden_size + full.config.hidden_size + 8 + 1  # items, adapter, head, scale
+    assert rows.loc["no_layers", "parameters"].tolist() == [vectors] * 3
