@@ -63,8 +63,8 @@ WORDS = {
     ),
     "distributed-beats-top-k": Words(
         "把保留的层分散到整个深度上优于 Top-K。",
-        "在 {of} 对（得分与 k）中，分布式的困惑度在 {wins} 对中更低。",
-        "多于一半的对中困惑度更低",
+        "在 {of} 对（得分与 k）中，分布式的困惑度在 {wins} 对中更低（符号检验 p = {p:.2f}）。",
+        "多于一半的对中困惑度更低，p <= 0.05",
     ),
     "fisher-says-what-layers-are-worth": Words(
         "Fisher 信息和梯度范数说明哪些层重要；SHAP 被跳过。",
@@ -93,7 +93,7 @@ WORDS = {
     ),
     "cosine-after-longer-recovery": Words(
         f"通过微调使余弦高于 {earlier.COSINE_TARGET}：预算更大时。",
-        "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
+        "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
         "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
@@ -107,6 +107,14 @@ WORDS = {
     ),
     "recommendation": Words(
         "在真实推荐数据（MovieLens、Amazon）上的验证悬而未决。",
+        "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
+        "在每个数据集上区间下端达到完整模型 NDCG@10 的 95%，高于最热门物品，且高于没有任何层的同样训练：否则各层不起作用",
+        "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "
+        "{speedup:.2f} 倍（没有任何层 {bare:.4f}，其比 [{over_no_layers_lo:.2f}, {over_no_layers_hi:.2f}]；最热门 {popular:.4f}；"
+        "SASRec 同样用户 {same:.4f}；全部用户：SASRec {everyone:.4f}，无层 {bare_everyone:.4f}）",
+    ),
+    "recommendation-with-more-users": Words(
+        "在真实推荐数据上的验证：更多用户。",
         "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
         "在每个数据集上区间下端达到完整模型 NDCG@10 的 95%，高于最热门物品，且高于没有任何层的同样训练：否则各层不起作用",
         "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "

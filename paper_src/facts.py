@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from paper_src import InputError, reported
 from paper_src.report import kept_tuple
@@ -258,6 +259,11 @@ def still_recommends(read: Read) -> dict[str, object] | None:
             "gain": min(row["over_no_layers_lo"] for row in found)}  # fmt: skip
 
 
+def recommends_with_more_users(read: Read) -> dict[str, object] | None:
+    """:func:`still_recommends` of the run with larger budgets."""
+    return still_recommends(of_larger(read))
+
+
 def halves(read: Read) -> dict[str, float]:
     """score -> Kendall's tau between halves of the calibration text."""
     agreement = read("t1_agreement")
@@ -334,4 +340,5 @@ def distributed(read: Read) -> dict[str, float]:
     fidelity = read("t4_fidelity")
     pair = fidelity[fidelity["strategy"].isin(["top_k", "distributed"])]
     wide = pair.pivot(index=["score", "k"], columns="strategy", values="nll_nats")
-    return {"wins": int((wide["distributed"] < wide["top_k"]).sum()), "of": len(wide)}
+    wins = int((wide["distributed"] < wide["top_k"]).sum())
+    return {"wins": wins, "of": len(wide), "p": binomtest(wins, len(wide), alternative="greater").pvalue}
