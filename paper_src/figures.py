@@ -348,6 +348,7 @@ METHODS = {
     "trained": (BLUE, "trained"),
     "no_layers": (RED, "no layers"),
 }
+PLACES = {"compact": 9, "recovered": 0, "first_layers": -9}  # points above a mark, of names that would overlap
 
 
 def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
@@ -366,8 +367,10 @@ def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
                 if row.users_per_s == row.users_per_s:
                     right.errorbar(row.users_per_s, row.ndcg10, spread, fmt="o", ms=5, color=colour, capsize=2)
                     name = row.model if row.method == "trained" else f"{label}, {row.model}"
+                    if row.method == "no_layers" and "users" not in row.model:  # points that lie on each other
+                        name = label if row.model == "full" else ""
                     right.annotate(name.replace("_", " "), (row.users_per_s, row.ndcg10), size=7,
-                                   textcoords="offset points", xytext=(5, 4))  # fmt: skip
+                                   textcoords="offset points", xytext=(5, PLACES.get(row.model, 4)))  # fmt: skip
             names = [METHODS[row.method][1] + (f", {row.model}" if row.model != "none" else "")
                      for row in table.itertuples()]  # fmt: skip
             left.set_yticks(range(len(table)), [name.replace("_", " ") for name in names])
@@ -376,7 +379,7 @@ def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
             left.set_xlabel("NDCG@10, whole catalogue")
             left.set_title(f"{table['dataset'].iloc[0]}: {table['n_users'].iloc[0]:,} test users")
             right.set_xscale("log")
-            right.margins(x=0.2)
+            right.margins(x=0.3)
             right.set_ylim(bottom=0)
             right.set_xlabel("users a second at inference")
             right.set_ylabel("NDCG@10")
