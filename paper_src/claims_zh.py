@@ -1,6 +1,6 @@
 """The claims in Chinese, by name; their numbers and verdicts are those of :mod:`paper_src.claims`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paper_src import reported as earlier
 
@@ -14,6 +14,15 @@ class Words:
     rule: str
     each: str = ""
 
+
+RECOMMENDS = Words(
+    "在真实推荐数据（MovieLens、Amazon）上的验证悬而未决。",
+    "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
+    "在每个数据集上区间下端达到完整模型 NDCG@10 的 95%，高于最热门物品，且高于没有任何层的同样训练：否则各层不起作用",
+    "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "
+    "{speedup:.2f} 倍（没有任何层 {bare:.4f}，其比 [{over_no_layers_lo:.2f}, {over_no_layers_hi:.2f}]；最热门 {popular:.4f}；"
+    "SASRec 同样用户 {same:.4f}；全部用户：SASRec {everyone:.4f}，无层 {bare_everyone:.4f}）",
+)
 
 WORDS = {
     "first-and-last": Words(
@@ -105,20 +114,6 @@ WORDS = {
         "{both_x:.2f}、{both_share:.0%}。",
         "在 3 倍速度下，且在该大小的所有方法中困惑度最低",
     ),
-    "recommendation": Words(
-        "在真实推荐数据（MovieLens、Amazon）上的验证悬而未决。",
-        "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
-        "在每个数据集上区间下端达到完整模型 NDCG@10 的 95%，高于最热门物品，且高于没有任何层的同样训练：否则各层不起作用",
-        "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "
-        "{speedup:.2f} 倍（没有任何层 {bare:.4f}，其比 [{over_no_layers_lo:.2f}, {over_no_layers_hi:.2f}]；最热门 {popular:.4f}；"
-        "SASRec 同样用户 {same:.4f}；全部用户：SASRec {everyone:.4f}，无层 {bare_everyone:.4f}）",
-    ),
-    "recommendation-with-more-users": Words(
-        "在真实推荐数据上的验证：更多用户。",
-        "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
-        "在每个数据集上区间下端达到完整模型 NDCG@10 的 95%，高于最热门物品，且高于没有任何层的同样训练：否则各层不起作用",
-        "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "
-        "{speedup:.2f} 倍（没有任何层 {bare:.4f}，其比 [{over_no_layers_lo:.2f}, {over_no_layers_hi:.2f}]；最热门 {popular:.4f}；"
-        "SASRec 同样用户 {same:.4f}；全部用户：SASRec {everyone:.4f}，无层 {bare_everyone:.4f}）",
-    ),
+    "recommendation": RECOMMENDS,
+    "recommendation-with-more-users": replace(RECOMMENDS, reported="在真实推荐数据上的验证：更多用户。"),
 }
