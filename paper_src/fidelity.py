@@ -197,6 +197,21 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 2000
     return float(low), float(high)
 
 
+def ppl_ratio(nll: np.ndarray, full: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Perplexity over the full model's, ``ppl_ratio``, with the 95% interval of the paired differences.
+
+    Both models see the same blocks, so that what is hard in a block cancels.
+
+    Args:
+        nll: (N,) nats/token of each block.
+        full: (N,) the full model's.
+        seed: of the bootstrap.
+    """
+    gap = np.asarray(nll) - np.asarray(full)
+    low, high = bootstrap_interval(gap, seed)
+    return {"ppl_ratio": math.exp(gap.mean()), "ppl_ratio_lo": math.exp(low), "ppl_ratio_hi": math.exp(high)}
+
+
 def control_p_value(value: float, controls: Sequence[float], higher_is_better: bool) -> float:
     """P that a random selection does at least as well: (1 + #controls as good or better) / (1 + #controls).
 

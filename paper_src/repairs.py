@@ -74,9 +74,7 @@ class Judge:
             values = self._values(model, name)
             if reference is self.first:
                 row |= fidelity.summarize(values, self.seed)
-                gaps = values["nll_nats"] - self.full_nll[name]
-                low, high = np.exp(fidelity.bootstrap_interval(gaps, self.seed))
-                row |= {"ppl_ratio": np.exp(gaps.mean()), "ppl_ratio_lo": low, "ppl_ratio_hi": high}
+                row |= fidelity.ppl_ratio(values["nll_nats"], self.full_nll[name], self.seed)
             row[f"ppl_ratio_{name}"] = np.exp((values["nll_nats"] - self.full_nll[name]).mean())
             row[f"cosine_{name}"] = values["cosine"].mean()
         ratios = [row[f"ppl_ratio_{name}"] for name in self.references]

@@ -8,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from paper_src import InputError, data, fidelity, models, selection
@@ -49,10 +48,7 @@ def measured(loaded: Loaded, kept: tuple[int, ...], text: str, shape: tuple[int,
     full = fidelity.reference(loaded.model, blocks, metrics=METRICS)
     values = fidelity.compare(compact(loaded.model, kept), full, metrics=METRICS)
     base = fidelity.compare(loaded.model, full, metrics=["nll_nats"])["nll_nats"]
-    row = fidelity.summarize(values, 0)
-    low, high = fidelity.bootstrap_interval(values["nll_nats"] - base, 0)
-    gap = float(values["nll_nats"].mean() - base.mean())
-    return row | {"ppl_ratio": np.exp(gap), "ppl_ratio_lo": np.exp(low), "ppl_ratio_hi": np.exp(high)}
+    return fidelity.summarize(values, 0) | fidelity.ppl_ratio(values["nll_nats"], base)
 
 
 def main() -> int:

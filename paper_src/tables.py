@@ -385,33 +385,38 @@ def fidelities(
 ) -> pd.DataFrame:
     """t4_fidelity: full model, trivial predictor, every selection, and the mean of the random draws at each k.
 
-    Intervals are 95% bootstraps: over test blocks, and for ``random`` over draws. ``p_cosine`` and
-    ``p_ppl`` are the chance that a random draw of the same k does at least as well.
+    Intervals are 95% bootstraps: over test blocks, for ``ppl_ratio`` of the paired differences, and for ``random``
+    over draws. ``p_cosine`` and ``p_ppl`` are the chance that a random draw of the same k does at least as well.
     """
     blocks, tokens = full.blocks.shape[0], full.blocks.numel()
     base = {"n_blocks": blocks, "n_tokens": tokens}
     depth = model.config.get_text_config().num_hidden_layers
+    everything = measured[kept_text(range(depth))]
+
+    def summary(values: dict[str, np.ndarray]) -> dict[str, float]:
+        ratio = fidelity.ppl_ratio(values["nll_nats"], everything["nll_nats"], seed)
+        return {**base, **fidelity.summarize(values, seed), **ratio}
+
     constant = fidelity.compare_constant(model, full)
     rows = [
-        {"strategy": "full", "k": depth, "kept": kept_text(range(depth)), **base,
-         **fidelity.summarize(measured[kept_text(range(depth))], seed)},
-        {"strategy": "trivial", "k": 0, "kept": "", **base, **fidelity.summarize(constant, seed)},
-    ]  # fmt: skip
+        {"strategy": "full", "k": depth, "kept": kept_text(range(depth)), **summary(everything)},
+        {"strategy": "trivial", "k": 0, "kept": "", **summary(constant)},
+    ]
     control = draws(measured, table)
     for row in table[table["strategy"] != "random"].itertuples():
-        values = fidelity.summarize(measured[row.kept], seed)
+        values = summary(measured[row.kept])
         same = control[control["k"] == row.k]
         rows.append({
-            "strategy": row.strategy, "score": row.score, "k": row.k, "kept": row.kept, **base, **values,
+            "strategy": row.strategy, "score": row.score, "k": row.k, "kept": row.kept, **values,
             "p_cosine": fidelity.control_p_value(values["cosine"], same["cosine"], higher_is_better=True),
             "p_ppl": fidelity.control_p_value(values["ppl"], same["ppl"], higher_is_better=False),
         })  # fmt: skip
     for k, same in control.groupby("k"):
         values = fidelity.summarize({name: same[name].to_numpy() for name in fidelity.METRICS}, seed)
-        rows.append({"strategy": "random", "k": k, "kept": "", "n_draws": len(same), **base, **values})
+        full_nll, ends = everything["nll_nats"].mean(), ("", "_lo", "_hi")
+        ratios = {f"ppl_ratio{end}": np.exp(values[f"nll_nats{end}"] - full_nll) for end in ends}
+        rows.append({"strategy": "random", "k": k, "kept": "", "n_draws": len(same), **base, **values, **ratios})
     frame = pd.DataFrame(rows)
-    for suffix in ("", "_lo", "_hi"):
-        frame[f"ppl_ratio{suffix}"] = np.exp(frame[f"nll_nats{suffix}"] - _full_nll(measured))
     return frame.assign(n_draws=frame["n_draws"].astype("Int64"))
 
 
@@ -423,8 +428,7 @@ def found(strategies: pd.DataFrame) -> pd.DataFrame:
 def on_long_text(measured: dict, strategies: pd.DataFrame, blocks: Tensor, seed: int) -> pd.DataFrame:
     """t4_strategies: the selections of t2_strategies on much test text.
 
-    ``ppl_ratio`` with a 95% bootstrap interval over blocks of the difference to the full model: both see the same
-    blocks, so that what is hard in a block cancels.
+    ``ppl_ratio`` with its interval as in :func:`fidelity.ppl_ratio`.
 
     Args:
         measured: from :func:`measure` on ``blocks``.
@@ -435,10 +439,8 @@ def on_long_text(measured: dict, strategies: pd.DataFrame, blocks: Tensor, seed:
     full = next(iter(measured.values()))["nll_nats"]  # (N,)
     rows = []
     for row in found(strategies)[["strategy", "score", "k", "kept", "chosen"]].to_dict("records"):
-        gap = measured[row["kept"]]["nll_nats"] - full
-        low, high = np.exp(fidelity.bootstrap_interval(gap, seed))
-        rows.append({**row, "ppl_ratio": np.exp(gap.mean()), "ppl_ratio_lo": low, "ppl_ratio_hi": high,
-                     "cosine": measured[row["kept"]]["cosine"].mean()})  # fmt: skip
+        values = measured[row["kept"]]
+        rows.append({**row, **fidelity.ppl_ratio(values["nll_nats"], full, seed), "cosine": values["cosine"].mean()})
     frame = pd.DataFrame(rows).assign(ppl_full=np.exp(full.mean()), n_blocks=len(blocks), n_tokens=blocks.numel())
     return frame.sort_values(["k", "ppl_ratio"], ignore_index=True)
 
