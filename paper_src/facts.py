@@ -203,7 +203,7 @@ def baseline_rows(read: Read) -> dict[str, object] | None:
     return {
         "k": k,
         "rows": rows.to_dict("records"),
-        "columns": [name.removesuffix("_se") for name in table if name.endswith(("_acc_se", "_acc_norm_se"))],
+        "columns": [name.removesuffix("_lo") for name in table if name.endswith(("_acc_lo", "_acc_norm_lo"))],
         "asked": int(table[[name for name in table if name.endswith("_n")]].max().max()),
         "budgets": read("t7_budgets").to_dict("records"),
     }

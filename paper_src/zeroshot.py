@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -137,9 +138,10 @@ def column(task: str) -> str:
 def zero_shot(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Items], batch_size: int = 8
 ) -> dict[str, float]:
-    """Accuracy on each task, 0 to 1, under :func:`column`, its standard error under ``<column>_se``; ``<task>_n``.
+    """Accuracy on each task, 0 to 1, under :func:`column`, ``<column>_lo`` and ``_hi`` its 95% interval; ``<task>_n``.
 
-    No examples before the item, no chat template; prompts, choices and metrics are the harness's own.
+    No examples before the item, no chat template; prompts, choices and metrics are the harness's own. The interval is
+    Wilson's, which few items that are all wrong do not make certain of 0.
     """
     from lm_eval import simple_evaluate  # slow to import, and few sections ask for it
     from lm_eval.models.huggingface import HFLM
@@ -154,10 +156,10 @@ def zero_shot(
     transformers_logging.set_verbosity_warning()
     row = {}
     for part in items:
-        results, name = found["results"][part.task], column(part.task)
-        metric = TASKS[part.task].metric
-        row[name], row[f"{name}_se"] = results[f"{metric},none"], results[f"{metric}_stderr,none"]
-        row[f"{part.task}_n"] = len(part.rows)
+        name, count = column(part.task), len(part.rows)
+        row[name] = found["results"][part.task][f"{TASKS[part.task].metric},none"]
+        interval = binomtest(round(row[name] * count), count).proportion_ci(method="wilson")
+        row |= {f"{name}_lo": interval.low, f"{name}_hi": interval.high, f"{part.task}_n": count}
     return row
 
 

@@ -43,7 +43,10 @@ def test_multiple_choice_is_the_highest_log_likelihood_a_byte(model, tokenizer):
     found = zeroshot.zero_shot(model, tokenizer, [zeroshot.Items("piqa", GOALS, "")])
     share = sum(right) / 5
     assert found["piqa_acc_norm"] == pytest.approx(share)
-    assert found["piqa_acc_norm_se"] == pytest.approx((share * (1 - share) / 4) ** 0.5)
+    half = 1.96 * (share * (1 - share) / 5 + 1.96**2 / 100) ** 0.5  # Wilson's interval, by hand
+    middle, scale = share + 1.96**2 / 10, 1 + 1.96**2 / 5
+    ends = [found["piqa_acc_norm_lo"], found["piqa_acc_norm_hi"]]
+    assert ends == pytest.approx([(middle - half) / scale, (middle + half) / scale], abs=1e-3)
     assert found["piqa_n"] == 5
 
 
