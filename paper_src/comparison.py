@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from paper_src.files import replacing
 from paper_src.layers import LayerRunner
 from paper_src.models import count_parameters, decoder_layers
 from paper_src.repairs import Judge, saved
+from paper_src.sources import sha256
 
 Model = PreTrainedModel
 
@@ -39,6 +39,7 @@ class Entry:
             ``refit``: cut layers, first repaired in closed form.
         kept: layers of a ``refit``.
         uses: parts of the bench that are made once for several methods; their seconds count for each.
+        source: folder of the checkpoint that it starts from, if any.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Entry:
     training: str = "none"
     kept: Sequence[int] = ()
     uses: Sequence[str] = ()
+    source: Path | None = None
 
 
 @dataclass
@@ -164,11 +166,11 @@ def _at_one_size(
         Entry("LaCo", "depth", k, lambda: baselines.laco(full, k, blocks[:4]), "plain"),
         Entry("ReplaceMe", "depth", k, lambda: recovery.closed_form(full, block_cut, blocks, "mlp_map").model, "plain"),
         Entry("layers cut", "depth", k, lambda: compact(full, kept), "refit", kept),
-        Entry("layers cut, section 5", "depth", k, lambda: saved(full, recovered)),
+        Entry("layers cut, section 5", "depth", k, lambda: saved(full, recovered), source=recovered),
         Entry("cut + int8", "combination", k,
               lambda: baselines.torchao_quantized(compact(full, kept), "int8_weight")),
         Entry("cut, section 5, + int8", "combination", k,
-              lambda: baselines.torchao_quantized(saved(full, recovered), "int8_weight")),
+              lambda: baselines.torchao_quantized(saved(full, recovered), "int8_weight"), source=recovered),
     ]  # fmt: skip
 
 
@@ -189,7 +191,8 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
     context = {**asdict(bench.settings), "rounds": bench.rounds, "zero_shot_k": list(bench.zero_shot_k),
                "items": [[part.task, part.rows] for part in bench.items],
                "workloads": [str(work) for work in bench.workloads],
-               "methods": [[entry.method, entry.k, list(entry.kept)] for entry in methods]}  # fmt: skip
+               "methods": [[entry.method, entry.k, list(entry.kept), _digest(entry.source)]
+                           for entry in methods]}  # fmt: skip
     texts = [bench.blocks, bench.judge.first.blocks, bench.validation.blocks]
     claim(bench.folder, [*texts, *bench.full.parameters()], context)
     kept_rows = bench.folder / "rows.jsonl"
@@ -213,11 +216,16 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
         rows.append(row)
         with replacing(kept_rows) as part:
             part.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    shutil.rmtree(bench.folder)
     frame = pd.DataFrame(rows)
     single = 4 * count_parameters(bench.full)
     frame["status"] = frame["status"].fillna("") if "status" in frame else ""
     return frame.assign(memory_share=frame["memory_bytes"] / single, disk_share=frame["disk_bytes"] / single)
+
+
+def _digest(checkpoint: Path | None) -> str:
+    """SHA-256 of a checkpoint's weights; nothing where there are none."""
+    weights = checkpoint / "model.safetensors" if checkpoint else None
+    return sha256(weights) if weights and weights.is_file() else ""
 
 
 def _make(bench: Bench, entry: Entry) -> tuple[Model, float]:

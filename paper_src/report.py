@@ -6,6 +6,7 @@ precision (with a Markdown and a LaTeX copy for reading), a figure is SVG, PDF a
 
 import json
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -44,7 +45,7 @@ class Section:
         self.root = Path(results)
         self.parameters = {key: scope[key] for key in check_types(declared(Path(f"{name}.ipynb")), scope)}
         self.started, self._lap = time.time(), time.perf_counter()
-        self.evaluations = self.root / "evaluations" / f"{name}.sqlite"  # what a killed run leaves to the next one
+        self.unfinished = self.root / "unfinished" / name  # what a killed run leaves to the next one
         try:
             for folder in ("tables", "figures", "models"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,9 @@ class Section:
         return self._lap - before
 
     def finish(self, loaded: Loaded | None = None, texts: Mapping[str, str] | None = None) -> None:
-        """Write ``tables/<notebook>.json``: where these numbers come from; a later run computes all anew.
+        """Write ``tables/<notebook>.json``; a later run computes all anew, for ``unfinished`` goes.
+
+        The record says where the section's numbers come from.
 
         Args:
             loaded: the model used, if any.
@@ -121,7 +124,7 @@ class Section:
         }  # fmt: skip
         with replacing(self.root / "tables" / f"{self.name}.json") as path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        self.evaluations.unlink(missing_ok=True)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def _larger(self, name: str) -> pd.DataFrame:
         """Committed table ``name`` of a run with larger budgets, if that was on the model of this profile."""
