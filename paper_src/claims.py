@@ -88,7 +88,7 @@ def summary(read: Read, claims: pd.DataFrame, language: str = "") -> str:
 
 RECOMMENDS = Claim(
     name="recommendation",
-    reported="Validation on real recommendation data (MovieLens, Amazon) is left open.",
+    reported="Left open: is quality kept on real recommendation data (MovieLens, Amazon)?",
     values=facts.still_recommends,
     ours="Trained on a sample of users, ranked over the whole catalogue, the smallest model keeps: {each}.",
     each="{dataset}: NDCG@10 {ndcg10:.4f}, {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}] of the full "
@@ -243,7 +243,7 @@ CLAIMS = (
     ),
     Claim(
         name="cosine-after-recovery",
-        reported=f"A cosine above {reported.COSINE_TARGET} by fine-tuning the kept layers is left open.",
+        reported=f"Left open: does fine-tuning the kept layers bring a cosine above {reported.COSINE_TARGET}?",
         values=facts.repaired,
         ours="k = {k}, closed form and distillation on {tokens:,} tokens, passes counted: cosine {cosine:.2f} "
         "(centred {centred:.2f}, constant {trivial:.2f}), the same first token in {agreement:.0%}, perplexity "
@@ -256,7 +256,7 @@ CLAIMS = (
     ),
     Claim(
         name="cosine-after-longer-recovery",
-        reported=f"A cosine above {reported.COSINE_TARGET} by fine-tuning: with a larger budget.",
+        reported=f"Left open: does fine-tuning bring a cosine above {reported.COSINE_TARGET}? With a larger budget.",
         values=facts.repaired_longer,
         ours="k = {k}, closed form and distillation on {tokens:,} tokens, passes counted: cosine {cosine:.2f} (centred "
         "{centred:.2f}), the same first token in {agreement:.0%}, perplexity {ppl:.2f} times the full model's, "
@@ -268,7 +268,7 @@ CLAIMS = (
     ),
     Claim(
         name="against-pruning-and-quantization",
-        reported="A comparison with pruning and quantization is left open.",
+        reported="Left open: how does cutting layers compare with pruning and quantization?",
         values=facts.compared,
         ours="At the size of k = {k}, after the same small distillation (layers cut are first refitted): layers cut "
         "{cut:.1f} times the full model's perplexity at {cut_x:.2f} times its speed, narrower layers {width:.1f} at "
@@ -284,7 +284,7 @@ CLAIMS = (
     replace(
         RECOMMENDS,
         name="recommendation-with-more-users",
-        reported="Validation on real recommendation data: with more users.",
+        reported="Left open: is quality kept on real recommendation data? With more users.",
         values=facts.recommends_with_more_users,
         source="long/t6_movielens, long/t6_amazon (06_recommendation)",
     ),

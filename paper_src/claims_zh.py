@@ -16,7 +16,7 @@ class Words:
 
 
 RECOMMENDS = Words(
-    "在真实推荐数据（MovieLens、Amazon）上的验证悬而未决。",
+    "悬而未决：在真实推荐数据（MovieLens、Amazon）上质量能保持吗？",
     "在抽样用户上训练、对全部物品排序，最小的模型保留了：{each}。",
     "在每个数据集上区间下端达到完整模型 NDCG@10 的 95%，高于最热门物品，且高于没有任何层的同样训练：否则各层不起作用",
     "{dataset}：NDCG@10 {ndcg10:.4f}，为完整模型的 {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}]，速度为其 "
@@ -94,20 +94,20 @@ WORDS = {
         "困惑度不高于验证文本所选的结果",
     ),
     "cosine-after-recovery": Words(
-        f"通过微调保留的层使余弦高于 {earlier.COSINE_TARGET}，此项悬而未决。",
+        f"悬而未决：微调保留的层能使余弦高于 {earlier.COSINE_TARGET} 吗？",
         "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}，常数 {trivial:.2f}），"
         "首选 token 相同的比例 {agreement:.0%}，困惑度为完整模型的 {ppl:.1f} 倍（修复前 {cut:,.0f}），各类文本平均 {mean:.1f} 倍；"
         "k = {large_k}：余弦 {large_cosine:.2f}，{large_ppl:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
     "cosine-after-longer-recovery": Words(
-        f"通过微调使余弦高于 {earlier.COSINE_TARGET}：预算更大时。",
+        f"悬而未决：微调能使余弦高于 {earlier.COSINE_TARGET} 吗？预算更大时。",
         "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
         "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
     "against-pruning-and-quantization": Words(
-        "与剪枝和量化的比较悬而未决。",
+        "悬而未决：与剪枝和量化相比，裁层如何？",
         "在 k = {k} 的大小下、经过同样的小规模蒸馏（裁层先重新拟合）：裁层的困惑度为完整模型的 {cut:.1f} 倍、速度 {cut_x:.2f} 倍，收窄各层 "
         "{width:.1f}、{width_x:.2f}，低秩 {thin:.1f}、{thin_x:.2f}（最低者：{best}，{best_ppl:.1f}）。未经训练的 int8 权重："
         "{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 {alone:.2f}）、"
@@ -115,5 +115,7 @@ WORDS = {
         "在 3 倍速度下，且在该大小的所有方法中困惑度最低",
     ),
     "recommendation": RECOMMENDS,
-    "recommendation-with-more-users": replace(RECOMMENDS, reported="在真实推荐数据上的验证：更多用户。"),
+    "recommendation-with-more-users": replace(
+        RECOMMENDS, reported="悬而未决：在真实推荐数据上质量能保持吗？更多用户。"
+    ),
 }

@@ -97,7 +97,7 @@ class Contest:
 
     def _ratios(self, method: str, model: str) -> dict[str, float]:
         """The columns of :meth:`table` with ratios, NaN where there is nothing to compare with."""
-        full = (method, "full") if model != "full" else None
+        full = (method, "full") if model != "full" and method in ("frozen", "trained") else None
         bare = ("no_layers", model) if method == "trained" else None
         columns = {("share_of_full", "share_lo", "share_hi"): full,
                    ("over_no_layers", "over_no_layers_lo", "over_no_layers_hi"): bare}  # fmt: skip

@@ -50,6 +50,8 @@ def test_shares_pair_the_same_users():
     assert np.isnan(list(held._ratios("trained", "full").values())).all()
     assert np.isnan(list(held._ratios("frozen", "compact").values())).all()
     assert np.isnan(held._ratios("no_layers", "compact")["over_no_layers"])
+    held.users["no_layers", "full"] = full
+    assert np.isnan(held._ratios("no_layers", "compact")["share_of_full"])  # there is nothing that was cut
 
 
 def test_variants_are_the_kept_the_repaired_and_the_first_layers(tmp_path, llama):
