@@ -8,6 +8,7 @@ import atexit
 import copy
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,6 +227,22 @@ def locate_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of the model's L layers: see :func:`locate_layers`."""
     return locate_layers(model)[1]
+
+
+def layer_counts(keep: Sequence[float], depth: int) -> list[int]:
+    """Numbers of layers to keep, each once: those below 1 are shares of ``depth``, rounded (halves to even); 0 stays.
+
+    Raises:
+        InputError: negative, not a whole number, or more than ``depth``.
+
+    Example:
+        >>> layer_counts([0.25, 0.4, 0.5, 0.75], 30)
+        [8, 12, 15, 22]
+    """
+    for value in keep:
+        if not isinstance(value, int | float) or not 0 <= value <= depth or (value > 1 and value != int(value)):
+            raise InputError(f"keep {value}: the model has {depth} layers; give 1 to {depth}, or a share such as 0.25")
+    return list(dict.fromkeys(max(1, round(value * depth)) if 0 < value < 1 else int(value) for value in keep))
 
 
 def mlp_writer(layer: nn.Module) -> nn.Module:

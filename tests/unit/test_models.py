@@ -15,6 +15,7 @@ from paper_src.models import (
     count_parameters,
     decoder_layers,
     last_hidden,
+    layer_counts,
     load_model,
     locate_layers,
     logits_of,
@@ -382,3 +383,12 @@ def test_token_ids_of_another_vocabulary_are_refused(llama, refused):
 def test_packed_weights_cannot_stay_on_the_disk(gguf_file, refused):
     with refused("is packed: save it as safetensors"):
         load_model(str(gguf_file), device="disk")
+
+
+def test_shares_of_the_depth_are_numbers_of_layers(refused):
+    assert layer_counts([0.25, 0.4, 0.5, 0.75], 32) == [8, 13, 16, 24]  # 12.8 is 13
+    assert layer_counts([0, 0.01, 5, 12.0], 12) == [0, 1, 5, 12]
+    assert layer_counts([0.4, 0.5], 5) == [2]  # 2.5 is 2 as well
+    for wrong in (13, -1, 2.5, "8"):
+        with refused("keep .*: the model has 12 layers; give 1 to 12, or a share such as 0.25"):
+            layer_counts([wrong], 12)
