@@ -1,0 +1,92 @@
+"""One row a model: is what the paper finds on its own weights general?
+
+python -m paper_src.across tables/t9_models results/laptop results/laptop-mine
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import hypergeom
+
+from paper_src import InputError, facts
+from paper_src.files import replacing
+
+PATTERNS = {"fisher": "fisher", "combined": "overlap", "leave_one_out": "leave_one_out", "shapley": "shapley"}
+
+
+def row(results: Path) -> dict[str, object]:
+    """What differs between models, from the tables of one run.
+
+    ``in_pattern_<score>``: how many of the ``pattern_layers`` best layers are in the earlier report's pattern, the
+    first 9 and the last of 32, carried over by relative depth; ``by_chance`` of them are expected of a random order,
+    which has at least as many with probability ``p_<score>`` (hypergeometric).
+
+    Raises:
+        InputError: the folder does not hold a whole run.
+    """
+
+    def read(name: str) -> pd.DataFrame:
+        path = results / "tables" / f"{name}.csv"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run ./reproduce.sh --model NAME first")
+        return pd.read_csv(path)
+
+    found, causal, worth = facts.pattern(read), facts.causal_pattern(read), facts.worth(read)
+    selected, repaired, random = facts.recommended_or_chosen(read), facts.repaired(read), facts.against_random(read)
+    size, depth = found["of"], found["depth"]
+    made = json.loads((results / "tables" / "01_importance.json").read_text())["model"]
+    columns = {
+        "model": Path(made["name"]).name,
+        "sha256": made["sha256"][:12],
+        "layers": depth,
+        "parameters": int(read("t3_size")["parameters"].max()),
+        "pattern_layers": size,
+        "by_chance": size * size / depth,
+    }
+    for score, name in PATTERNS.items():
+        inside = (found | causal)[name]
+        columns |= {f"in_pattern_{score}": inside, f"p_{score}": hypergeom.sf(inside - 1, depth, size, size)}
+    return columns | {
+        "tau_fisher_leave_one_out": worth["loo"],
+        "tau_fisher_lo": worth["loo_lo"],
+        "tau_fisher_hi": worth["loo_hi"],
+        "nearest_score": worth["best"],
+        "tau_nearest": worth["best_tau"],
+        "gradient_selections": random["tests"],
+        "better_than_random": random["better"],
+        "k": selected["k"],
+        "speedup": facts.largest_speedup(read)["speedup"],
+        "ppl_ratio_distributed": selected["own"],
+        "ppl_ratio_chosen": selected["chosen"],
+        "ppl_ratio_recovered": repaired["ppl"],
+        "cosine_recovered": repaired["cosine"],
+        "cosine_constant": repaired["trivial"],
+    }
+
+
+def main() -> int:
+    """Command line; 0 on success, 1 with one line on standard error otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path, help="written as .csv and .md")
+    parser.add_argument("results", type=Path, nargs="+", help="folders of whole runs")
+    use = parser.parse_args()
+    try:
+        frame = pd.DataFrame([row(results) for results in use.results])
+        with replacing(use.table.with_suffix(".csv")) as part:
+            frame.to_csv(part, index=False)
+        short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
+        text = short.set_index("model").T.to_markdown(disable_numparse=True)
+        with replacing(use.table.with_suffix(".md")) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The table across models, from the committed results."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy.stats import hypergeom
+
+from paper_src import across
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def results(tmp_path):
+    shutil.copytree(ROOT / "tables", tmp_path / "run" / "tables")
+    return tmp_path / "run"
+
+
+def test_overlap_with_the_reported_pattern_and_its_chance(results):
+    path = results / "tables" / "t1_importance.csv"
+    table = pd.read_csv(path)
+    table["fisher"] = -table["layer"].astype(float)  # the first layers are best: of 9 and 1 in the pattern
+    table.to_csv(path, index=False)
+    row = across.row(results)
+    assert (row["layers"], row["pattern_layers"], row["in_pattern_fisher"]) == (30, 9, 8)  # all but the last layer
+    assert row["by_chance"] == pytest.approx(2.7)
+    assert row["p_fisher"] == pytest.approx(hypergeom.pmf(8, 30, 9, 9) + hypergeom.pmf(9, 30, 9, 9))
+
+
+def test_one_row_a_run_and_a_run_that_is_not_whole(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["across", str(tmp_path / "t"), str(results), str(results)])
+    assert across.main() == 0
+    assert len(pd.read_csv(tmp_path / "t.csv")) == 2
+    assert "tau_fisher_leave_one_out" in (tmp_path / "t.md").read_text()
+    (results / "tables" / "t5_recovery.csv").unlink()
+    assert across.main() == 1
+    assert "t5_recovery.csv is missing" in capsys.readouterr().err
