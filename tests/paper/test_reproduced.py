@@ -30,13 +30,17 @@ def differences(old, new):
         a, b = old[column], new[column]
         if rule.get("ignore"):
             continue
-        if not pd.api.types.is_numeric_dtype(a) or "share_equal" in rule:
+        if pd.api.types.is_bool_dtype(a) or not pd.api.types.is_numeric_dtype(a) or "share_equal" in rule:
             share = ((a == b) | (a.isna() & b.isna())).mean()
             if share < rule.get("share_equal", 1):
                 found.append(f"{column}: {share:.0%} of rows equal")
         else:
             bound = rule.get("relative", 0) * a.abs() + rule.get("absolute", 0)
-            if not (((a - b).abs() <= bound) | (a.isna() & b.isna())).all():
+            agree = ((a - b).abs() <= bound) | (a.isna() & b.isna())
+            if rule.get("or_overlap") and f"{column}_lo" in old:
+                (low, high), (other_low, other_high) = ((f[f"{column}_lo"], f[f"{column}_hi"]) for f in (old, new))
+                agree |= (low <= other_high) & (other_low <= high)
+            if not agree.all():
                 found.append(f"{column}: off by up to {(a - b).abs().max():.3g}")
     return found
 
@@ -60,3 +64,11 @@ def test_a_changed_number_is_found():
     assert differences(old, old.assign(full_ms=np.nan)) == []
     assert differences(old, old.assign(cosine=[0.5, 0.7])) == ["cosine: off by up to 0.1"]
     assert differences(old, old.assign(kept=["0 1", "0 3"])) == ["kept: 50% of rows equal"]
+
+
+def test_noisy_ratios_agree_where_their_intervals_meet():
+    old = pd.DataFrame({"speedup": [1.0], "speedup_lo": [0.6], "speedup_hi": [1.5]})
+    new = pd.DataFrame({"speedup": [1.4], "speedup_lo": [1.1], "speedup_hi": [1.6]})
+    assert differences(old, new) == []
+    assert differences(old.assign(speedup_hi=1.05), new.assign(speedup_hi=1.8)) == ["speedup: off by up to 0.4"]
+    assert differences(pd.DataFrame({"recovered": [True]}), pd.DataFrame({"recovered": [False]})) != []
