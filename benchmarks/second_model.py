@@ -1,6 +1,6 @@
 """Train a small decoder of another family and depth on this paper's text, where no second model is at hand.
 
-    python benchmarks/second_model.py FOLDER [--layers 12] [--width 192] [--steps 900]
+    python benchmarks/second_model.py FOLDER [--layers 12] [--width 192] [--steps 800]
     ./reproduce.sh --model FOLDER
 
 GPT-NeoX: rotary positions on a part of each head, attention and MLP side by side, biases, LayerNorm, an untied head;
@@ -27,7 +27,7 @@ from paper_src import data, fidelity, models
 
 END = "<|endoftext|>"
 LENGTH = 512  # tokens of a block
-BATCH = 8
+BATCH = 4
 
 
 def tokenizer_of(text: str, size: int) -> PreTrainedTokenizerFast:
@@ -43,7 +43,7 @@ def tokenizer_of(text: str, size: int) -> PreTrainedTokenizerFast:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
-    for name, value in (("layers", 12), ("width", 192), ("vocabulary", 4096), ("steps", 900), ("seed", 0)):
+    for name, value in (("layers", 12), ("width", 192), ("vocabulary", 4096), ("steps", 800), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     use = parser.parse_args()
 
@@ -63,6 +63,7 @@ def main() -> None:
         output_dir=use.folder, max_steps=use.steps, per_device_train_batch_size=BATCH, learning_rate=2e-3,
         warmup_steps=50, lr_scheduler_type="cosine", weight_decay=0.1, bf16=models.pick_dtype() == torch.bfloat16,
         save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True, seed=use.seed,
+        use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     rows = [{"input_ids": block, "labels": block} for block in blocks]
     Trainer(model=model, args=arguments, train_dataset=rows).train()

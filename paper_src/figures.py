@@ -331,6 +331,9 @@ def recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
             else:
                 for axis in line:
                     axis.set_yscale("log")
+                    axis.yaxis.set_major_formatter("{x:g}")
+                for axis in line[1:]:  # less than a decade
+                    axis.yaxis.set_minor_formatter("{x:g}")
         axes[0, 0].set_title("test text")
         axes[0, 1].set_title("validation text")
         axes[0, 2].set_title("validation text")
