@@ -1,6 +1,6 @@
 """One row a model: is what the paper finds on its own weights general?
 
-python -m paper_src.across tables/t9_models results/laptop results/laptop-mine
+python -m paper_src.across tables/t9_models tables results/laptop-mine/tables
 """
 
 import argparse
@@ -17,8 +17,8 @@ from paper_src.files import replacing
 PATTERNS = {"fisher": "fisher", "combined": "overlap", "leave_one_out": "leave_one_out", "shapley": "shapley"}
 
 
-def row(results: Path) -> dict[str, object]:
-    """What differs between models, from the tables of one run.
+def row(tables: Path) -> dict[str, object]:
+    """What differs between models, from the folder of tables of one run.
 
     ``in_pattern_<score>``: how many of the ``pattern_layers`` best layers are in the earlier report's pattern, the
     first 9 and the last of 32, carried over by relative depth; ``by_chance`` of them are expected of a random order,
@@ -29,7 +29,7 @@ def row(results: Path) -> dict[str, object]:
     """
 
     def read(name: str) -> pd.DataFrame:
-        path = results / "tables" / f"{name}.csv"
+        path = tables / f"{name}.csv"
         if not path.is_file():
             raise InputError(f"{path} is missing: run ./reproduce.sh --model NAME first")
         return pd.read_csv(path)
@@ -37,7 +37,7 @@ def row(results: Path) -> dict[str, object]:
     found, causal, worth = facts.pattern(read), facts.causal_pattern(read), facts.worth(read)
     selected, repaired, random = facts.recommended_or_chosen(read), facts.repaired(read), facts.against_random(read)
     size, depth = found["of"], found["depth"]
-    made = json.loads((results / "tables" / "01_importance.json").read_text())["model"]
+    made = json.loads((tables / "01_importance.json").read_text())["model"]
     columns = {
         "model": Path(made["name"]).name,
         "sha256": made["sha256"][:12],
@@ -71,10 +71,10 @@ def main() -> int:
     """Command line; 0 on success, 1 with one line on standard error otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path, help="written as .csv and .md")
-    parser.add_argument("results", type=Path, nargs="+", help="folders of whole runs")
+    parser.add_argument("tables", type=Path, nargs="+", help="folders of tables of whole runs")
     use = parser.parse_args()
     try:
-        frame = pd.DataFrame([row(results) for results in use.results])
+        frame = pd.DataFrame([row(tables) for tables in use.tables])
         with replacing(use.table.with_suffix(".csv")) as part:
             frame.to_csv(part, index=False)
         short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))

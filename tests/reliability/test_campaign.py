@@ -202,7 +202,7 @@ def test_killed_at_random_moments(checkout):
     whole = time.monotonic() - start
     expected = tables(checkout)
     assert expected
-    for _ in range(KILLS):
+    for number in range(1, KILLS + 1):
         shutil.rmtree(checkout / "results" / "tiny")
         moment = generator.uniform(2, whole)
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
@@ -219,6 +219,7 @@ def test_killed_at_random_moments(checkout):
         assert set(found) == set(expected), moment
         for name, frame in expected.items():
             pd.testing.assert_frame_equal(found[name], frame, rtol=1e-6, obj=f"{name}, killed at {moment:.1f} s")
+        print(f"kill {number} of {KILLS}, at {moment:.1f} of {whole:.0f} s: the same {len(found)} tables", flush=True)
 
 
 def tables(checkout: Path) -> dict[str, pd.DataFrame]:

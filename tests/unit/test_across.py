@@ -13,27 +13,31 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def results(tmp_path):
-    shutil.copytree(ROOT / "tables", tmp_path / "run" / "tables")
-    return tmp_path / "run"
+def tables(tmp_path):
+    return Path(shutil.copytree(ROOT / "tables", tmp_path / "tables"))
 
 
-def test_overlap_with_the_reported_pattern_and_its_chance(results):
-    path = results / "tables" / "t1_importance.csv"
+def test_overlap_with_the_reported_pattern_and_its_chance(tables):
+    path = tables / "t1_importance.csv"
     table = pd.read_csv(path)
     table["fisher"] = -table["layer"].astype(float)  # the first layers are best: of 9 and 1 in the pattern
     table.to_csv(path, index=False)
-    row = across.row(results)
+    row = across.row(tables)
     assert (row["layers"], row["pattern_layers"], row["in_pattern_fisher"]) == (30, 9, 8)  # all but the last layer
     assert row["by_chance"] == pytest.approx(2.7)
     assert row["p_fisher"] == pytest.approx(hypergeom.pmf(8, 30, 9, 9) + hypergeom.pmf(9, 30, 9, 9))
 
 
-def test_one_row_a_run_and_a_run_that_is_not_whole(results, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["across", str(tmp_path / "t"), str(results), str(results)])
+def test_the_committed_table_is_that_of_the_committed_runs():
+    made = pd.DataFrame([across.row(ROOT / folder) for folder in ("tables", "tables/small-neox")])
+    pd.testing.assert_frame_equal(pd.read_csv(ROOT / "tables" / "t9_models.csv"), made, check_dtype=False)
+
+
+def test_one_row_a_run_and_a_run_that_is_not_whole(tables, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["across", str(tmp_path / "t"), str(tables), str(tables)])
     assert across.main() == 0
     assert len(pd.read_csv(tmp_path / "t.csv")) == 2
     assert "tau_fisher_leave_one_out" in (tmp_path / "t.md").read_text()
-    (results / "tables" / "t5_recovery.csv").unlink()
+    (tables / "t5_recovery.csv").unlink()
     assert across.main() == 1
     assert "t5_recovery.csv is missing" in capsys.readouterr().err
