@@ -33,7 +33,7 @@ WORDS = {
     ),
     "recommended-layers": Words(
         "分布式选择推荐 32 层中的第 " + "、".join(map(str, earlier.RECOMMENDED)) + " 层。",
-        "按相对深度换算后，这 {of} 层中有 {fisher} 层被 Fisher 信息选中，{combined} 层被我们的综合得分选中。",
+        "按相对深度换算后，Fisher 信息选中的 {of} 层中有 {fisher} 层在其中，我们的综合得分选中的层中有 {combined} 层。",
         "Fisher 选中其中 75% 的层",
     ),
     "speed-of-recommended": Words(
@@ -56,12 +56,12 @@ WORDS = {
     "cosine-means-something": Words(
         f"紧凑模型与完整模型的余弦相似度为 {earlier.COSINE_RANGE[0]}-{earlier.COSINE_RANGE[1]}，被解读为保留了部分语义。",
         "k = {k}：推荐的一类为 {own:.2f}（各梯度得分为 {low:.2f}-{high:.2f}），但一个常数向量就达到 {trivial:.2f}；"
-        "去中心余弦 {own_centred:.2f}，困惑度为完整模型的 {own_ppl:,.0f} 倍（常数：{trivial_ppl:,.0f} 倍）。",
+        "去中心余弦 {own_centred:.2f}，困惑度为完整模型的 {own_ppl:times} 倍（常数：{trivial_ppl:times} 倍）。",
         "高于常数向量的余弦",
     ),
     "cosine-target": Words(
         f"目标是余弦相似度高于 {earlier.COSINE_TARGET}。",
-        "k = {k}，不训练：所有选择中最好的达到 {best:.2f}（去中心 {best_centred:.2f}，困惑度为完整模型的 {best_ppl:,.0f} 倍）。",
+        "k = {k}，不训练：所有选择中最好的达到 {best:.2f}（去中心 {best_centred:.2f}，困惑度为完整模型的 {best_ppl:times} 倍）。",
         "任何一种选择高于目标",
     ),
     "gradient-scores-select": Words(
@@ -89,14 +89,14 @@ WORDS = {
     ),
     "recommended-is-best": Words(
         "分布式选择就是应当推荐的选择。",
-        "k = {k}，测试文本：困惑度为完整模型的 {own:,.0f} 倍，余弦 {own_cosine:.2f}；在验证文本上选出的层 {chosen_kept}"
-        "（{name}）为 {chosen:,.0f} 倍，余弦 {chosen_cosine:.2f}。",
+        "k = {k}，测试文本：困惑度为完整模型的 {own:times} 倍，余弦 {own_cosine:.2f}；在验证文本上选出的层 {chosen_kept}"
+        "（{name}）为 {chosen:times} 倍，余弦 {chosen_cosine:.2f}。",
         "困惑度不高于验证文本所选的结果",
     ),
     "cosine-after-recovery": Words(
         f"悬而未决：微调保留的层能使余弦高于 {earlier.COSINE_TARGET} 吗？",
         "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}，常数 {trivial:.2f}），"
-        "首选 token 相同的比例 {agreement:.0%}，困惑度为完整模型的 {ppl:.1f} 倍（修复前 {cut:,.0f}），各类文本平均 {mean:.1f} 倍；"
+        "首选 token 相同的比例 {agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍（修复前 {cut:times}），各类文本平均 {mean:.2f} 倍；"
         "k = {large_k}：余弦 {large_cosine:.2f}，{large_ppl:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
@@ -108,8 +108,8 @@ WORDS = {
     ),
     "against-pruning-and-quantization": Words(
         "悬而未决：与剪枝和量化相比，裁层如何？",
-        "在 k = {k} 的大小下、经过同样的小规模蒸馏（裁层先重新拟合）：裁层的困惑度为完整模型的 {cut:.1f} 倍、速度 {cut_x:.2f} 倍，收窄各层 "
-        "{width:.1f}、{width_x:.2f}，低秩 {thin:.1f}、{thin_x:.2f}（最低者：{best}，{best_ppl:.1f}）。未经训练的 int8 权重："
+        "在 k = {k} 的大小下、经过同样的小规模蒸馏（裁层先重新拟合）：裁层的困惑度为完整模型的 {cut:.2f} 倍、速度 {cut_x:.2f} 倍，收窄各层 "
+        "{width:.2f}、{width_x:.2f}，低秩 {thin:.2f}、{thin_x:.2f}（最低者：{best}，{best_ppl:.2f}）。未经训练的 int8 权重："
         "{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 {alone:.2f}）、"
         "{both_x:.2f}、{both_share:.0%}。",
         "在 3 倍速度下，且在该大小的所有方法中困惑度最低",

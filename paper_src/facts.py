@@ -288,7 +288,7 @@ def recommended(read: Read) -> dict[str, float]:
     expected = set(reported.at_depth(reported.RECOMMENDED, depth))
     rows = selection[(selection["strategy"] == "distributed") & (selection["k"] == selection["k"].min())]
     rows = rows.set_index("score")["kept"].map(lambda kept: len(expected & set(kept_tuple(kept))))
-    return {"fisher": rows["fisher"], "combined": rows["combined"], "of": len(expected)}
+    return {"fisher": rows["fisher"], "combined": rows["combined"], "of": min(len(expected), selection["k"].min())}
 
 
 def largest_speedup(read: Read) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Every claim of the summary against the committed tables."""
 
+import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
@@ -122,3 +123,8 @@ def test_every_baseline_has_numbers_or_says_why_not(read):
     sizes = table[table["method"] == "layers cut"].drop_duplicates("k").set_index("k")["parameters"]
     for _, row in table[table["family"].isin(["width", "low rank"])].iterrows():
         assert 0.9 * sizes[row["k"]] < row["parameters"] <= sizes[row["k"]]
+
+
+def test_small_and_missing_numbers_in_sentences():
+    claim = dataclasses.replace(claims.CLAIMS[0], ours="{a:times}, {b:times}, {c:.2f}, {d}")
+    assert claim.told({"a": 46023.4, "b": 1.2527, "c": float("nan"), "d": 3}) == "46,023, 1.25, -, 3"
