@@ -197,14 +197,14 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 2000
     return float(low), float(high)
 
 
-def ppl_ratio(nll: np.ndarray, full: np.ndarray, seed: int = 0) -> dict[str, float]:
+def ppl_ratio(nll: np.ndarray, full: np.ndarray | float, seed: int = 0) -> dict[str, float]:
     """Perplexity over the full model's, ``ppl_ratio``, with the 95% interval of the paired differences.
 
     Both models see the same blocks, so that what is hard in a block cancels.
 
     Args:
         nll: (N,) nats/token of each block.
-        full: (N,) the full model's.
+        full: (N,) the full model's, or its mean where ``nll`` are means of several models.
         seed: of the bootstrap.
     """
     gap = np.asarray(nll) - np.asarray(full)

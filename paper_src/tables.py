@@ -413,9 +413,8 @@ def fidelities(
         })  # fmt: skip
     for k, same in control.groupby("k"):
         values = fidelity.summarize({name: same[name].to_numpy() for name in fidelity.METRICS}, seed)
-        full_nll, ends = everything["nll_nats"].mean(), ("", "_lo", "_hi")
-        ratios = {f"ppl_ratio{end}": np.exp(values[f"nll_nats{end}"] - full_nll) for end in ends}
-        rows.append({"strategy": "random", "k": k, "kept": "", "n_draws": len(same), **base, **values, **ratios})
+        ratio = fidelity.ppl_ratio(same["nll_nats"], _full_nll(measured), seed)
+        rows.append({"strategy": "random", "k": k, "kept": "", "n_draws": len(same), **base, **values, **ratio})
     frame = pd.DataFrame(rows)
     return frame.assign(n_draws=frame["n_draws"].astype("Int64"))
 
