@@ -134,6 +134,7 @@ run() {
   "$python" -m paper_src.execute --results "$results" --summary "$since"
   if [ $status -eq 0 ] && [[ "$results" =~ ^results/(laptop|long)$ ]]; then
     "$python" -m paper_src.execute --results "$results" --publish
+    [ "$results" != results/laptop ] || "$python" -m paper_src.across tables/t9_models tables tables/small-neox >/dev/null
   fi
   return $status
 }

@@ -1,6 +1,7 @@
 """Committed tables against regenerated ones (results/laptop), within the tolerances of tolerances.yaml."""
 
 import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -17,9 +18,9 @@ RULES = yaml.safe_load((ROOT / "tests/paper/tolerances.yaml").read_text())
 
 
 def committed(name):
-    """The table as committed; a run replaces the file in tables/, so git is asked first."""
+    """The file of tables/ as committed, open; a run replaces it, so git is asked first."""
     done = subprocess.run(["git", "show", f"HEAD:tables/{name}"], check=False, capture_output=True, text=True, cwd=ROOT)
-    return pd.read_csv(io.StringIO(done.stdout) if done.returncode == 0 else ROOT / "tables" / name)
+    return io.StringIO(done.stdout if done.returncode == 0 else (ROOT / "tables" / name).read_text(encoding="utf-8"))
 
 
 def differences(old, new):
@@ -50,7 +51,7 @@ def test_regenerated_table_agrees(name):
     path = ROOT / "results" / "laptop" / "tables" / name
     if not path.exists():
         pytest.skip("results/laptop is not there: run ./reproduce.sh")
-    old, new = committed(name), pd.read_csv(path)
+    old, new = pd.read_csv(committed(name)), pd.read_csv(path)
     assert list(new) == list(old)
     assert len(new) == len(old)
     keys = [column for column in ("k", "strategy", "score") if column in old and "chosen" in old]
@@ -72,3 +73,13 @@ def test_noisy_ratios_agree_where_their_intervals_meet():
     assert differences(old, new) == []
     assert differences(old.assign(speedup_hi=1.05), new.assign(speedup_hi=1.8)) == ["speedup: off by up to 0.4"]
     assert differences(pd.DataFrame({"recovered": [True]}), pd.DataFrame({"recovered": [False]})) != []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("README.md", r"about (\d+) minutes on 2 cores"), ("README.zh-CN.md", r"时约 (\d+) 分钟")]
+)
+def test_the_promised_time_is_that_of_the_committed_run(name, words):
+    records = [path.name for path in (ROOT / "tables").glob("0*.json")]
+    seconds = sum(json.load(committed(record))["wall_s"] for record in records)
+    promised = int(re.search(words, (ROOT / name).read_text(encoding="utf-8")).group(1))
+    assert promised == pytest.approx(seconds / 60, rel=0.1)
