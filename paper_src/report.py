@@ -101,9 +101,7 @@ class Section:
         return self._lap - before
 
     def finish(self, loaded: Loaded | None = None, texts: Mapping[str, str] | None = None) -> None:
-        """Write ``tables/<notebook>.json``; a later run computes all anew, for ``unfinished`` goes.
-
-        The record says where the section's numbers come from.
+        """Write ``tables/<notebook>.json``: where these numbers come from; a later run computes all anew.
 
         Args:
             loaded: the model used, if any.

@@ -101,6 +101,17 @@ def test_a_killed_comparison_goes_on_from_its_rows(bench, refused):
     assert calls == ["a", "b", "b"]
 
 
+def test_rows_are_not_taken_from_another_checkpoint(bench, refused, tmp_path):
+    def rows(weights):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        entry = comparison.Entry("a", "depth", 2, lambda: compact(bench.full, (0, 3)), source=tmp_path)
+        return comparison.table(bench, [entry], recover_k=[])
+
+    assert rows(b"one").equals(rows(b"one"))
+    with refused("holds checkpoints of another model, text or setting"):
+        rows(b"two")
+
+
 def test_rows_before_and_after_recovery_and_what_is_not_supported(bench):
     def refuse():
         raise baselines.NotSupported("no kernel")

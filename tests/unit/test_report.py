@@ -88,6 +88,13 @@ def test_provenance_names_versions_and_parameters(section):
     assert record["peak_memory_bytes"] > 1e7
 
 
+def test_what_a_killed_run_needs_stays_until_the_record_is_written(section):
+    section.unfinished.mkdir(parents=True)
+    assert report.Section("01_demo", "out", {"count": 3, "rate": 0.5}).unfinished.is_dir()
+    section.finish()
+    assert not section.unfinished.exists()
+
+
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("old")
