@@ -401,6 +401,8 @@ FAMILIES = {
     "combination": (RED, "P"),
 }
 
+WORST = 1000  # perplexity ratios above it are all failures; they stand at the edge
+
 
 def pareto(table: pd.DataFrame) -> Figure:
     """Perplexity over the full model's against measured speed and against bytes, with the frontier.
@@ -418,22 +420,24 @@ def pareto(table: pd.DataFrame) -> Figure:
         figure, axes = plt.subplots(1, 3, figsize=(12, 5.6), sharey=True)
         for axis, (cost, label) in zip(axes, panels.items(), strict=True):
             _methods(axis, rows, cost)
-            best = rows[frontier(rows, cost, cost.endswith("speedup"))].sort_values(cost)
-            axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2, label="frontier")
-            names = []
-            for number, row in enumerate(best.itertuples(), 1):
-                names.append(f"{number}  {row.method}" + (f", k = {row.k}" if row.k and row.family != "full" else ""))
-                axis.annotate(str(number), (getattr(row, cost), row.ppl_ratio), size=8, ha="center",
-                              textcoords="offset points", xytext=(0, -13))  # fmt: skip
-            axis.text(0, -0.2, "\n".join(names), transform=axis.transAxes, va="top", size=7.5)
             axis.set_xscale("log")
             axis.set_yscale("log")
+            axis.set_ylim(0.5, WORST * 1.3)
+            best = rows[frontier(rows, cost, cost.endswith("speedup"))].sort_values(cost)
+            axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2, label="frontier")
+            names = [row.method + (f", k = {row.k}" if row.k and row.family != "full" else "")
+                     for row in best.itertuples()]  # fmt: skip
+            _numbered(axis, best[[cost, "ppl_ratio"]].to_numpy())
+            listed = "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
+            axis.text(0, -0.2, listed, transform=axis.transAxes, va="top", size=7.5)
             axis.set_xlabel(label)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
         axes[0].set_ylabel("perplexity / full model's")
+        worse = (rows["ppl_ratio"] > WORST).sum()
         axes[1].set_title("hollow: as it is; filled: after training")
+        axes[2].set_title(f"at the top edge: {worse} rows above {WORST:,} times" if worse else "")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     plt.close(figure)
     return figure
@@ -446,8 +450,22 @@ def _methods(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
         axis.scatter([], [], marker=marker, color=colour, label=family)
         for done in (False, True):
             part = rows[(rows["family"] == family) & (trained == done)]
-            axis.scatter(part[cost], part["ppl_ratio"], s=30, marker=marker, edgecolors=colour, zorder=3,
-                         facecolors=colour if done else "none")  # fmt: skip
+            axis.scatter(part[cost], part["ppl_ratio"].clip(upper=WORST), s=30, marker=marker, edgecolors=colour,
+                         facecolors=colour if done else "none", zorder=3)  # fmt: skip
+
+
+def _numbered(axis: Axes, points: np.ndarray) -> None:
+    """Numbers beside the points [n, 2], from 1; neighbours too close for two numbers share one label."""
+    places = axis.transData.transform(points) * 72 / axis.figure.dpi
+    groups = [[0]]
+    for index in range(1, len(points)):
+        if np.abs(places[index] - places[groups[-1][0]]).max() < 9:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        text = str(group[0] + 1) + (f"-{group[-1] + 1}" if len(group) > 1 else "")
+        axis.annotate(text, points[group[0]], size=8, textcoords="offset points", xytext=(5, -10))
 
 
 def tradeoff(fidelity: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series) -> Figure:
