@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from paper_src import InputError, data, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
+from paper_src.models import layer_counts
 from paper_src.report import kept_text, kept_tuple, progress_bar
 
 OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metrics on the first
@@ -20,6 +21,30 @@ OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metri
 def domain(name: str) -> str:
     """A kind of text as it stands in a column: the last part of a folder's path."""
     return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def plan(
+    keep: Sequence[float], depth: int, blocks: Sequence[int], rates: Sequence[float]
+) -> dict[int, tuple[int, float]]:
+    """k -> blocks of text and peak learning rate of its distillation; of shares that round to one k, the first.
+
+    Args:
+        keep: numbers of layers, or shares of ``depth``.
+        depth: of the full model.
+        blocks: for each of ``keep``.
+        rates: for each of ``keep``.
+
+    Raises:
+        InputError: lists of different lengths, or of :func:`models.layer_counts`.
+    """
+    if not len(keep) == len(blocks) == len(rates):
+        lengths = f"{len(keep)}, {len(blocks)} and {len(rates)}"
+        raise InputError(f"keep, distil_blocks and learning_rates hold {lengths} values: give one of each for every k")
+    counts = [layer_counts([share], depth)[0] for share in keep]
+    found = {}
+    for k, *settings in zip(counts, blocks, rates, strict=True):
+        found.setdefault(k, tuple(settings))
+    return found
 
 
 class Judge:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import repairs
+from paper_src import InputError, repairs
 from paper_src.compaction import compact
 
 
@@ -54,6 +54,16 @@ def test_the_mean_over_kinds_of_text_is_geometric(judge):
     expected = math.sqrt(row["ppl_ratio_plain"] * row["ppl_ratio_other"])
     assert row["ppl_ratio_mean"] == pytest.approx(expected)
     assert judge.ppl_ratio(small) == pytest.approx(expected)
+
+
+def test_each_number_of_layers_has_its_distillation():
+    assert repairs.plan([0.75, 3], 12, [20, 30], [1e-4, 2e-4]) == {9: (20, 1e-4), 3: (30, 2e-4)}
+    assert repairs.plan([0.5, 0.4], 5, [20, 30], [1e-4, 2e-4]) == {2: (20, 1e-4)}  # 2.5 rounds to 2, as 2 does
+
+
+def test_a_distillation_without_its_rate_is_an_error():
+    with pytest.raises(InputError, match="keep, distil_blocks and learning_rates hold 2, 2 and 1 values"):
+        repairs.plan([0.75, 3], 12, [20, 30], [1e-4])
 
 
 def test_candidates_are_the_best_different_selections_of_each_k(refused):
