@@ -28,16 +28,18 @@ def row(tables: Path) -> dict[str, object]:
         InputError: the folder does not hold a whole run.
     """
 
+    def file(name: str) -> Path:
+        if not (tables / name).is_file():
+            raise InputError(f"{tables / name} is missing: run ./reproduce.sh --model NAME first")
+        return tables / name
+
     def read(name: str) -> pd.DataFrame:
-        path = tables / f"{name}.csv"
-        if not path.is_file():
-            raise InputError(f"{path} is missing: run ./reproduce.sh --model NAME first")
-        return pd.read_csv(path)
+        return pd.read_csv(file(f"{name}.csv"))
 
     found, causal, worth = facts.pattern(read), facts.causal_pattern(read), facts.worth(read)
     selected, repaired, random = facts.recommended_or_chosen(read), facts.repaired(read), facts.against_random(read)
     size, depth = found["of"], found["depth"]
-    made = json.loads((tables / "01_importance.json").read_text())["model"]
+    made = json.loads(file("01_importance.json").read_text(encoding="utf-8"))["model"]
     columns = {
         "model": Path(made["name"]).name,
         "sha256": made["sha256"][:12],
