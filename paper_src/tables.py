@@ -62,7 +62,8 @@ def agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200, s
     """t1_agreement: Kendall's tau of every pair of scores; of a score with itself, between halves of the text.
 
     ``combined`` with itself is the tau between the combined scores of the two halves. The 95% intervals of
-    the pairs are bootstraps: the sequences are drawn anew, with the scores that share them together.
+    the pairs are percentile bootstraps: the sequences are drawn anew, with the scores that share them together.
+    Redrawing adds to a score's noise, so that the interval of a tau between noisy scores can lie below it.
     """
     halves = {name: scores.half_split_tau(name) for name in SCORES[:-1]}
     parts = [
