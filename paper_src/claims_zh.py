@@ -24,17 +24,27 @@ RECOMMENDS = Words(
     "SASRec 同样用户 {same:.4f}；全部用户：SASRec {everyone:.4f}，无层 {bare_everyone:.4f}）",
 )
 
+COMPARED = Words(
+    "悬而未决：与剪枝和量化相比，裁层如何？",
+    "在 k = {k} 的大小下、经过同样的短蒸馏（至多 {seconds:.0f} 秒；裁层先重新拟合，其他方法从原样开始）：裁层的困惑度为完整模型的 "
+    "{cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}] 倍、速度 {cut_x:.2f} 倍，收窄各层 {width:.2f} [{width_lo:.2f}, {width_hi:.2f}]、"
+    "{width_x:.2f}，低秩 {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}]、{thin_x:.2f}（最低者：{best}，{best_ppl:.2f}）。未经训练的 "
+    "int8 权重：{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 "
+    "{alone:.2f}）、{both_x:.2f}、{both_share:.0%}。",
+    "在 3 倍速度下，在该大小的所有方法中困惑度最低，且区间低于每个不裁层的方法",
+)
+
 WORDS = {
     "first-and-last": Words(
         "最重要的层是最前面的 9 层和最后 1 层（32 层中的 10 层）。",
         "按我们的综合得分，最好的 {of} 层中有 {overlap} 层属于这一模式；按 Fisher 信息，{of} 层中有 {fisher} 层"
-        "（两半文本之间的 tau 为 {tau:.2f}）；按综合得分，首层排第 {first_rank}，末层在 {depth} 层中排第 {last_rank}。",
-        "按 Fisher 达到该模式的 80%",
+        "（两半文本之间的 tau 为 {tau:.2f}），随机期望为 {chance:.1f} 层；按综合得分，首层排第 {first_rank}，末层在 {depth} 层中排第 {last_rank}。",
+        "按两种得分都达到该模式的 80%",
     ),
     "recommended-layers": Words(
         "分布式选择推荐 32 层中的第 " + "、".join(map(str, earlier.RECOMMENDED)) + " 层。",
-        "按相对深度换算后，Fisher 信息选中的 {of} 层中有 {fisher} 层在其中，我们的综合得分选中的层中有 {combined} 层。",
-        "Fisher 选中其中 75% 的层",
+        "按相对深度换算后，Fisher 信息选中的 {of} 层中有 {fisher} 层在其中，我们的综合得分选中的层中有 {combined} 层（随机期望 {chance:.1f} 层）。",
+        "两种得分都选中其中 75% 的层",
     ),
     "speed-of-recommended": Words(
         f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）快 {earlier.SPEEDUP:.2f} 倍。",
@@ -45,8 +55,8 @@ WORDS = {
     "speed-range": Words(
         f"在所有配置下加速比为 {earlier.SPEEDUP_RANGE[0]}-{earlier.SPEEDUP_RANGE[1]}，"
         f"层压缩比为 {earlier.COMPRESSION_RANGE[0]}-{earlier.COMPRESSION_RANGE[1]}。",
-        "k = {k_low} 至 {k_high}，预填充、带 logits 的预填充与解码：{low:.2f}-{high:.2f}（理想值最多 {ideal_high:.2f}）。",
-        "两个范围有重叠",
+        "k = {k}，预填充、带 logits 的预填充与解码：{low:.2f}-{high:.2f}（理想值最多 {ideal_high:.2f}）。",
+        "在该压缩比下没有一项慢于所报告的范围",
     ),
     "parameters": Words(
         f"保留 32 层中的 8 层使参数量除以 {earlier.PARAMETER_COMPRESSION:.2f}。",
@@ -66,14 +76,15 @@ WORDS = {
     ),
     "gradient-scores-select": Words(
         "Fisher 信息和梯度范数高的层就是应当保留的层。",
-        "在 {tests} 个按梯度得分的选择中，{better} 个的困惑度低于随机选择（p <= 0.05）；p 的中位数为 {median_p:.2f}，"
-        "{worse_half} 个比大多数随机抽取更差。",
-        "多于一半优于随机（p <= 0.05）",
+        "按梯度得分和综合得分，{top_k} 个不同的 Top-K 选择中有 {top_k_better} 个的困惑度低于随机选择（p <= 0.05），{top_k_worse} "
+        "个比大多数随机抽取更差；分散到整个深度时，{distributed} 个中有 {distributed_better} 个更好、{distributed_worse} 个更差。",
+        "多于一半的 Top-K 选择优于随机（p <= 0.05）",
     ),
     "distributed-beats-top-k": Words(
         "把保留的层分散到整个深度上优于 Top-K。",
-        "在 {of} 对（得分与 k）中，分布式的困惑度在 {wins} 对中更低（符号检验 p = {p:.2f}）。",
-        "多于一半的对中困惑度更低，p <= 0.05",
+        "按梯度得分和综合得分，在 {of} 个不同的对（得分与 k）中，分布式的困惑度在 {wins} 对中更低；按其他得分，在 {other_of} 对中有 "
+        "{other_wins} 对。",
+        "在两类得分的对中都有 75% 困惑度更低",
     ),
     "fisher-says-what-layers-are-worth": Words(
         "Fisher 信息和梯度范数说明哪些层重要；SHAP 被跳过。",
@@ -106,13 +117,9 @@ WORDS = {
         "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
-    "against-pruning-and-quantization": Words(
-        "悬而未决：与剪枝和量化相比，裁层如何？",
-        "在 k = {k} 的大小下、经过同样的小规模蒸馏（裁层先重新拟合）：裁层的困惑度为完整模型的 {cut:.2f} 倍、速度 {cut_x:.2f} 倍，收窄各层 "
-        "{width:.2f}、{width_x:.2f}，低秩 {thin:.2f}、{thin_x:.2f}（最低者：{best}，{best_ppl:.2f}）。未经训练的 int8 权重："
-        "{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 {alone:.2f}）、"
-        "{both_x:.2f}、{both_share:.0%}。",
-        "在 3 倍速度下，且在该大小的所有方法中困惑度最低",
+    "against-pruning-and-quantization": COMPARED,
+    "against-pruning-with-more-training": replace(
+        COMPARED, reported="悬而未决：与剪枝和量化相比，裁层如何？预算更大时。"
     ),
     "recommendation": RECOMMENDS,
     "recommendation-with-more-users": replace(

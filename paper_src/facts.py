@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from paper_src import InputError, reported
 from paper_src.report import kept_tuple
@@ -216,19 +215,27 @@ def compared(read: Read) -> dict[str, float] | None:
     k = int(table.loc[table["recovered"], "k"].replace(0, np.nan).min())
     after = table[table["recovered"] & (table["k"] == k)].set_index("method")
     before = table[~table["recovered"]]
-    thin = after.loc[after.index.str.startswith("SVD"), "ppl_ratio"].idxmin()
+    ranked = after.sort_values("ppl_ratio")
+    thin = next((name for name in ranked.index if name.startswith("SVD")), "SVD")
+    others = after.loc[after["family"] != "depth", "ppl_ratio_lo"]
     int8, both, alone = (before[(before["method"] == name) & before["k"].isin([0, k])].iloc[0] for name in
                          ("int8 weights, torchao", "cut, section 5, + int8", "layers cut, section 5"))  # fmt: skip
-    best = after["ppl_ratio"].idxmin()
-    return {
-        "k": k, "cut": after.loc["layers cut", "ppl_ratio"], "cut_x": after.loc["layers cut", "prefill_hidden_speedup"],
-        "width": after.loc["width", "ppl_ratio"], "width_x": after.loc["width", "prefill_hidden_speedup"],
-        "thin": after.loc[thin, "ppl_ratio"], "thin_x": after.loc[thin, "prefill_hidden_speedup"],
-        "best": best, "best_ppl": after.loc[best, "ppl_ratio"],
+    best = ranked.index[0]
+    columns = {"": "ppl_ratio", "_lo": "ppl_ratio_lo", "_hi": "ppl_ratio_hi", "_x": "prefill_hidden_speedup"}
+    names = {"cut": "layers cut", "width": "width", "thin": thin}
+    rows = {name + end: after.loc[method, column] for name, method in names.items() for end, column in columns.items()}
+    return rows | {
+        "k": k, "best": best, "best_ppl": after.loc[best, "ppl_ratio"], "least_other": others.min(),
+        "seconds": after["recovery_s"].max(),
         "int8": int8["ppl_ratio"], "int8_x": int8["prefill_hidden_speedup"], "int8_share": int8["memory_share"],
         "both": both["ppl_ratio"], "both_x": both["prefill_hidden_speedup"], "both_share": both["memory_share"],
         "alone": alone["ppl_ratio"],
     }  # fmt: skip
+
+
+def compared_longer(read: Read) -> dict[str, float] | None:
+    """:func:`compared` of the run with larger budgets."""
+    return compared(of_larger(read))
 
 
 def recommender_rows(read: Read) -> list[dict[str, object]]:
@@ -279,7 +286,7 @@ def pattern(read: Read) -> dict[str, float]:
     best = set(importance.nlargest(len(expected), "combined")["layer"])
     fisher = set(importance.nlargest(len(expected), "fisher")["layer"])
     return {"fisher": len(fisher & expected), "tau": tau, "overlap": len(best & expected),
-            "of": len(expected), "last_rank": ranks.iloc[-1],
+            "of": len(expected), "chance": len(expected) ** 2 / len(importance), "last_rank": ranks.iloc[-1],
             "first_rank": ranks.iloc[0], "depth": len(importance)}  # fmt: skip
 
 
@@ -288,7 +295,9 @@ def recommended(read: Read) -> dict[str, float]:
     expected = set(reported.at_depth(reported.RECOMMENDED, depth))
     rows = selection[(selection["strategy"] == "distributed") & (selection["k"] == selection["k"].min())]
     rows = rows.set_index("score")["kept"].map(lambda kept: len(expected & set(kept_tuple(kept))))
-    return {"fisher": rows["fisher"], "combined": rows["combined"], "of": min(len(expected), selection["k"].min())}
+    k = selection["k"].min()
+    return {"fisher": rows["fisher"], "combined": rows["combined"], "of": min(len(expected), k),
+            "chance": k * len(expected) / depth}  # fmt: skip
 
 
 def largest_speedup(read: Read) -> dict[str, float]:
@@ -299,9 +308,9 @@ def largest_speedup(read: Read) -> dict[str, float]:
 def speed_range(read: Read) -> dict[str, float]:
     speed, depth = read("t3_speed"), len(read("t1_importance"))
     low, high = reported.COMPRESSION_RANGE
-    part = speed[(depth / speed["k"]).between(0.92 * low, high)]
-    return {"low": part["speedup"].min(), "high": part["speedup"].max(), "k_low": part["k"].min(),
-            "k_high": part["k"].max(), "ideal_high": part["ideal"].max()}  # fmt: skip
+    part = speed[(depth / speed["k"]).between(low, high)]
+    return {"low": part["speedup"].min(), "high": part["speedup"].max(), "ideal_high": part["ideal"].max(),
+            "k": ", ".join(map(str, sorted(part["k"].unique())))}  # fmt: skip
 
 
 def smallest_size(read: Read) -> dict[str, float]:
@@ -325,20 +334,29 @@ def cosines(read: Read) -> dict[str, float]:
     }  # fmt: skip
 
 
+def by_gradients(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of a score by gradients, the combined one included."""
+    return rows["score"].isin([*GRADIENT_SCORES, "combined"])
+
+
 def against_random(read: Read) -> dict[str, float]:
+    """Different selections by gradient scores against random ones, Top-K and distributed apart."""
     fidelity = read("t4_fidelity")
-    rows = fidelity[fidelity["score"].isin([*GRADIENT_SCORES, "combined"])]
-    return {
-        "tests": len(rows),
-        "better": int((rows["p_ppl"] <= 0.05).sum()),
-        "median_p": rows["p_ppl"].median(),
-        "worse_half": int((rows["p_ppl"] > 0.5).sum()),
-    }
+    rows = fidelity[by_gradients(fidelity)].drop_duplicates(["strategy", "kept"])
+    found = {}
+    for strategy, part in rows.groupby("strategy"):
+        found |= {strategy: len(part), f"{strategy}_better": int((part["p_ppl"] <= 0.05).sum()),
+                  f"{strategy}_worse": int((part["p_ppl"] > 0.5).sum())}  # fmt: skip
+    return found
 
 
 def distributed(read: Read) -> dict[str, float]:
+    """Different pairs of a distributed and a Top-K selection (same score and k): how often the first is better."""
     fidelity = read("t4_fidelity")
-    pair = fidelity[fidelity["strategy"].isin(["top_k", "distributed"])]
-    wide = pair.pivot(index=["score", "k"], columns="strategy", values="nll_nats")
-    wins = int((wide["distributed"] < wide["top_k"]).sum())
-    return {"wins": wins, "of": len(wide), "p": binomtest(wins, len(wide), alternative="greater").pvalue}
+    spread, top = (fidelity[fidelity["strategy"] == name] for name in ("distributed", "top_k"))
+    pairs = spread.merge(top, on=["score", "k"], suffixes=("", "_top"))
+    pairs = pairs[pairs["kept"] != pairs["kept_top"]].assign(gradient=by_gradients)
+    pairs = pairs.drop_duplicates(["gradient", "kept", "kept_top"])
+    won = (pairs["nll_nats"] < pairs["nll_nats_top"]).groupby(pairs["gradient"])
+    wins, sizes = (counts.reindex([True, False], fill_value=0) for counts in (won.sum(), won.size()))
+    return {"wins": wins[True], "of": sizes[True], "other_wins": wins[False], "other_of": sizes[False]}

@@ -1,0 +1,51 @@
+"""Facts on small tables whose answers are counted by hand."""
+
+import pandas as pd
+
+from paper_src import facts
+
+
+def read_of(**tables):
+    return lambda name: tables[name]
+
+
+def selections(rows):
+    columns = ["strategy", "score", "k", "kept", "nll_nats", "p_ppl"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+TABLE = selections([
+    ("top_k", "fisher", 2, "0 1", 5.0, 0.9),
+    ("distributed", "fisher", 2, "0 3", 4.0, 0.05),
+    ("top_k", "grad_norm", 2, "0 1", 5.0, 0.9),  # the same pair: counts once
+    ("distributed", "grad_norm", 2, "0 3", 4.0, 0.05),
+    ("top_k", "combined", 2, "0 2", 3.0, 0.01),
+    ("distributed", "combined", 2, "0 2", 3.0, 0.01),  # no pair: nothing to compare
+    ("top_k", "activation_variance", 2, "2 3", 4.0, 0.3),
+    ("distributed", "activation_variance", 2, "1 3", 6.0, 0.6),
+    ("random", None, 2, None, 4.5, None),
+])  # fmt: skip
+
+
+def test_distributed_and_top_k_are_compared_where_they_differ_and_once():
+    found = facts.distributed(read_of(t4_fidelity=TABLE))
+    assert found == {"wins": 1, "of": 1, "other_wins": 0, "other_of": 1}
+
+
+def test_no_pairs_are_no_wins():
+    same = TABLE[TABLE["score"] == "combined"]
+    assert facts.distributed(read_of(t4_fidelity=same)) == {"wins": 0, "of": 0, "other_wins": 0, "other_of": 0}
+
+
+def test_gradient_selections_against_random_by_strategy():
+    found = facts.against_random(read_of(t4_fidelity=TABLE))
+    assert found == {
+        "top_k": 2, "top_k_better": 1, "top_k_worse": 1,
+        "distributed": 2, "distributed_better": 2, "distributed_worse": 0,
+    }  # fmt: skip
+
+
+def test_the_speed_range_is_of_the_reported_compression_alone():
+    speed = pd.DataFrame({"k": [12, 8, 8, 4], "speedup": [2.0, 3.4, 3.6, 6.0], "ideal": [2.5, 3.75, 3.75, 7.5]})
+    found = facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(30)})))
+    assert found == {"low": 3.4, "high": 3.6, "ideal_high": 3.75, "k": "8"}  # 2.7 to 4.0 of 30 layers: 8 to 11
