@@ -124,11 +124,11 @@ COMPARED = Claim(
     "refitted, the others start as they are): layers cut {cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}] times the full model's "
     "perplexity at {cut_x:.2f} times its speed, narrower layers {width:.2f} [{width_lo:.2f}, {width_hi:.2f}] at "
     "{width_x:.2f}, low rank {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}] at {thin_x:.2f} (lowest of all: {best}, "
-    "{best_ppl:.2f}). Untrained int8 weights: {int8:.3f} at {int8_x:.2f} and {int8_share:.0%} of the float32 bytes; the "
-    "model of section 5 in int8: {both:.2f} ({alone:.2f} before) at {both_x:.2f} and {both_share:.0%}.",
+    "{best_ppl:.2f}). Untrained int8 weights: {int8:.3f} at {int8_x:.2f} and {int8_share:.0%} of the float32 bytes; "
+    "the model of section 5 in int8: {both:.2f} ({alone:.2f} before) at {both_x:.2f} and {both_share:.0%}.",
     holds=lambda v: v["cut"] <= v["best_ppl"] and v["cut_hi"] < v["least_other"] and v["cut_x"] >= 3,
-    rule="at 3 times the speed, the lowest perplexity of all at this size, its interval below that of every method that "
-    "cuts no layers",
+    rule="at 3 times the speed, the lowest perplexity of all at this size, its interval below that of every method "
+    "that cuts no layers",
     expected=None,
     source="t7_baselines (07_baselines)",
 )
@@ -139,8 +139,8 @@ CLAIMS = (
         reported="The most important layers are the first 9 and the last 1 (10 of 32).",
         values=facts.pattern,
         ours="In that pattern are {overlap} of the {of} best layers by our combined score and {fisher} of {of} by "
-        "Fisher information (halves of the text agree with tau {tau:.2f}), {chance:.1f} by chance; by the combined score "
-        "the first layer ranks {first_rank}, the last {last_rank} of {depth}.",
+        "Fisher information (halves of the text agree with tau {tau:.2f}), {chance:.1f} by chance; by the combined "
+        "score the first layer ranks {first_rank}, the last {last_rank} of {depth}.",
         holds=lambda v: min(v["overlap"], v["fisher"]) >= 0.8 * v["of"],
         rule="80% of the pattern by both scores",
         expected=None,
@@ -221,8 +221,8 @@ CLAIMS = (
         reported="Layers with high Fisher information and gradient norm are the ones to keep.",
         values=facts.against_random,
         ours="By gradient scores and the combined one, {top_k_better} of {top_k} different Top-K selections have a "
-        "lower perplexity than random selections at p <= 0.05, and {top_k_worse} do worse than most random draws; spread "
-        "over the depth, {distributed_better} of {distributed} are better and {distributed_worse} worse.",
+        "lower perplexity than random selections at p <= 0.05, and {top_k_worse} do worse than most random draws; "
+        "spread over the depth, {distributed_better} of {distributed} are better and {distributed_worse} worse.",
         holds=lambda v: v["top_k_better"] > v["top_k"] / 2,
         rule="more than half of the Top-K selections better than random at p <= 0.05",
         expected=False,
@@ -232,8 +232,8 @@ CLAIMS = (
         name="distributed-beats-top-k",
         reported="Spreading the kept layers over the depth is better than Top-K.",
         values=facts.distributed,
-        ours="By gradient scores and the combined one, distributed has the lower perplexity in {wins} of {of} different "
-        "pairs (score and k), by the other scores in {other_wins} of {other_of}.",
+        ours="By gradient scores and the combined one, distributed has the lower perplexity in {wins} of {of} "
+        "different pairs (score and k), by the other scores in {other_wins} of {other_of}.",
         holds=lambda v: v["wins"] >= 0.75 * max(v["of"], 1) and v["other_wins"] >= 0.75 * max(v["other_of"], 1),
         rule="lower perplexity in 75% of the pairs of both kinds of scores",
         expected=False,
