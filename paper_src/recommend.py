@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError
+from paper_src.data import beginning
 from paper_src.interactions import Split
 from paper_src.models import last_hidden
 
@@ -107,7 +108,8 @@ def text_states(
 ) -> Tensor:
     """(I, d) float32: mean over tokens of the last hidden states of each text.
 
-    Texts of like length go together; padding stands behind them, where a causal model's states do not see it.
+    Texts of like length go together; padding stands behind them, where a causal model's states do not see it. A BOS
+    token stands before each where the tokenizer puts one, and does not count.
 
     Args:
         model: full or compact.
@@ -118,6 +120,7 @@ def text_states(
         progress: wraps the iterable of steps.
     """
     ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:length]) for text in texts]
+    first = torch.tensor(beginning(tokenizer), dtype=torch.long)
     if empty := [index for index, row in enumerate(ids) if len(row) == 0]:
         raise InputError(f"item {empty[0]} has an empty text: give it one")
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -125,7 +128,8 @@ def text_states(
     for low in progress(range(0, len(order), batch_size)):
         part = order[low : low + batch_size]
         lengths = torch.tensor([len(ids[index]) for index in part])
-        states = last_hidden(model, pad_sequence([ids[index] for index in part], batch_first=True)).float().cpu()
+        rows = [torch.cat([first, ids[index]]) for index in part]
+        states = last_hidden(model, pad_sequence(rows, batch_first=True))[:, len(first) :].float().cpu()
         states[torch.arange(states.shape[1]) >= lengths[:, None]] = 0  # padding
         result[part] = states.sum(1) / lengths[:, None]
     return result

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from paper_src import InputError
+from paper_src.data import beginning
 from paper_src.sources import Asset, fetch, sha256
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def zero_shot(
     from lm_eval.utils import setup_logging
 
     setup_logging("ERROR")
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bool(beginning(tokenizer)))
     manager = _manager()
     tasks = [_task(part, manager) for part in items]
     with redirect_stderr(io.StringIO()):  # a progress bar for each task

@@ -14,8 +14,8 @@ TEXT = " ".join(str(number) for number in range(1000, 3000))  # every place in i
 
 
 def places(tokenizer, blocks):
-    """First character of each block in ``TEXT``: one token is one character."""
-    return [TEXT.index(tokenizer.decode(block)) for block in blocks]
+    """First character of each block in ``TEXT``: behind <s>, one token is one character."""
+    return [TEXT.index(tokenizer.decode(block[1:])) for block in blocks]
 
 
 def test_blocks_have_the_asked_shape(tokenizer):
@@ -27,7 +27,7 @@ def test_blocks_have_the_asked_shape(tokenizer):
 @pytest.mark.parametrize("seed", range(5))
 def test_blocks_do_not_overlap_and_spread_over_the_text(tokenizer, seed):
     starts = places(tokenizer, token_blocks(tokenizer, TEXT, count=40, length=20, seed=seed))
-    assert all(later - earlier >= 20 for earlier, later in pairwise(starts))
+    assert all(later - earlier >= 19 for earlier, later in pairwise(starts))
     stretch = len(TEXT) // 40
     assert [start // stretch for start in starts] == list(range(40))
 
@@ -37,9 +37,15 @@ def test_blocks_start_with_a_word(tokenizer):
     assert all(TEXT[start - 1] == " " for start in starts)
 
 
-def test_blocks_hold_no_special_tokens(tokenizer):
-    assert tokenizer("1000")["input_ids"][0] == tokenizer.bos_token_id
-    assert not (token_blocks(tokenizer, TEXT, 6, 20, seed=0) == tokenizer.bos_token_id).any()
+def test_blocks_begin_as_the_tokenizer_begins_a_text(tokenizer):
+    bos = tokenizer.bos_token_id
+    assert tokenizer("1000")["input_ids"][0] == bos
+    blocks = token_blocks(tokenizer, TEXT, 6, 20, seed=0)
+    assert (blocks[:, 0] == bos).all()
+    assert not (blocks[:, 1:] == bos).any()
+    tokenizer.backend_tokenizer.post_processor = None
+    plain = token_blocks(tokenizer, TEXT, 6, 19, seed=0)
+    assert torch.equal(plain, blocks[:, 1:])
 
 
 def test_blocks_follow_their_seed(tokenizer):
@@ -51,11 +57,11 @@ def test_blocks_follow_their_seed(tokenizer):
 
 def test_blocks_may_use_the_text_to_its_last_token(tokenizer):
     text = TEXT[:100]
-    blocks = token_blocks(tokenizer, text, count=5, length=20, seed=0)
-    assert "".join(tokenizer.decode(block) for block in blocks) == text
+    blocks = token_blocks(tokenizer, text, count=5, length=21, seed=0)
+    assert "".join(tokenizer.decode(block[1:]) for block in blocks) == text
 
 
-@pytest.mark.parametrize("text", ["", TEXT[:99]])
+@pytest.mark.parametrize("text", ["", TEXT[:94]])
 def test_text_that_is_too_short_is_refused(tokenizer, text, refused):
     with refused("5 of 5 stretches of the text .* are shorter than 20 tokens"):
         token_blocks(tokenizer, text, count=5, length=20, seed=0)

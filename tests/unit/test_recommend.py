@@ -93,9 +93,10 @@ class TestWithoutTraining:
 
     def test_text_states_by_hand(self, tokenizer):
         model = build_model("llama", vocab_size=300)
-        ids = tokenizer("abc", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = tokenizer("abc", return_tensors="pt")["input_ids"]
+        assert ids.shape == (1, 4)  # <s> goes before, as the tokenizer has it, and does not count
         with torch.no_grad():
-            expected = model.model(ids).last_hidden_state.mean(1)
+            expected = model.model(ids).last_hidden_state[:, 1:].mean(1)
         torch.testing.assert_close(recommend.text_states(model, tokenizer, ["abcdefg"], length=3), expected)
 
     def test_an_empty_text_is_refused(self, tokenizer, refused):
