@@ -18,3 +18,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 class InputError(ValueError):
     """Something the user gave cannot be used; one line with the value, the limit and the remedy."""
+
+
+class NotSupported(InputError):
+    """This family of models, machine or library build cannot run the method; the message says why."""

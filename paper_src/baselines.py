@@ -13,15 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
 
-from paper_src import InputError
+from paper_src import InputError, NotSupported
 from paper_src.compaction import compact
 from paper_src.models import count_parameters, decoder_layers, first_line, last_hidden, locate_layers
 
 Moments = dict[str, Tensor]
-
-
-class NotSupported(InputError):
-    """This machine or library build cannot run the method; the message says why."""
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -29,7 +25,7 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     path, layers = locate_layers(model)
     found = [(name, part) for name, part in layers.named_modules(prefix=path) if isinstance(part, nn.Linear)]
     if not found:
-        raise InputError(f"{type(model).__name__} has no nn.Linear in its layers: these baselines change nothing else")
+        raise NotSupported(f"{type(model).__name__} has no nn.Linear in its layers, and nothing else is changed")
     yield from found
 
 

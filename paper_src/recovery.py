@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paper_src import InputError
+from paper_src import InputError, NotSupported
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner, StandIn
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
@@ -139,7 +139,8 @@ def closed_form(
         ranks: who shares the batches of ``blocks``; all get the same model.
 
     Raises:
-        InputError: unknown form or reach, too few blocks, or a layer that does not add its MLP to its input.
+        InputError: unknown form or reach, or too few blocks.
+        NotSupported: a layer does not add its MLP's output to its input as it is (Gemma 2, OLMo 2).
     """
     if form not in FORMS or reach not in ("all", "gaps"):
         raise InputError(f"form {form!r}, reach {reach!r}: use one of {FORMS}, and 'all' or 'gaps'")
@@ -287,9 +288,9 @@ class _Walk:
         given = self.student.run(ids, before, position, position + 1).float()
         expected = self._get("small", self.parts[0]).float()
         if not (given - expected).norm() <= 0.05 * expected.norm():
-            raise InputError(
+            raise NotSupported(
                 f"layer {position} does not add its MLP's output to its state as it is (a norm behind it, experts): "
-                "use form='linear'"
+                "distil without the closed form, or use form='linear'"
             )
 
     def _get(self, name: str, part: slice) -> Tensor:

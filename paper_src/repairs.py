@@ -1,6 +1,7 @@
 """Rows of the recovery section's tables: what a repair brings, on which text, and what it costs."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import InputError, data, distillation, fidelity, recovery, selection
+from paper_src import InputError, NotSupported, data, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
 from paper_src.models import layer_counts
 from paper_src.report import kept_text, kept_tuple, progress_bar
@@ -118,6 +119,27 @@ class Judge:
         return fidelity.compare(model, reference, metrics=wanted)
 
 
+def refit(
+    full: PreTrainedModel,
+    kept: Sequence[int],
+    blocks: Tensor,
+    way: tuple[str, str] = ("down_proj", "gaps"),
+    progress: Callable = iter,
+) -> recovery.Recovered:
+    """:func:`recovery.closed_form` in a ``way`` (form, reach); the cut model where the family has no such refit.
+
+    So is it for the form ``none``: its ``tokens`` are then 0.
+    """
+    form, reach = way
+    if form == "none":
+        return recovery.Recovered(compact(full, kept), 0)
+    try:
+        return recovery.closed_form(full, kept, blocks, form, reach, progress=progress)
+    except NotSupported as error:
+        warnings.warn(f"not refitted: {error}", stacklevel=2)
+        return recovery.Recovered(compact(full, kept), 0)
+
+
 def candidates(strategies: pd.DataFrame, keep: Sequence[int], count: int) -> pd.DataFrame:
     """Rows k, strategy, kept: the ``count`` best different selections at each k on validation text, unrepaired.
 
@@ -153,7 +175,7 @@ def after_refit(
     for row in progress(table.to_dict("records")):
         kept = kept_tuple(row["kept"])
         before = judge.ppl_ratio(compact(full, kept))
-        after = judge.ppl_ratio(recovery.closed_form(full, kept, blocks).model)
+        after = judge.ppl_ratio(refit(full, kept, blocks).model)
         rows.append({**row, "ppl_ratio_cut": before, "ppl_ratio_refitted": after})
     frame = pd.DataFrame(rows)
     groups = frame.groupby("k")
@@ -181,7 +203,7 @@ def mixes(
     rows = [{"mix": "none", **cut, "no_domain_worse": True}]
     for name, texts in choices.items():
         blocks = calibration(tokenizer, texts, *shape, seed)
-        row = judge.row(recovery.closed_form(full, kept, blocks).model)
+        row = judge.row(refit(full, kept, blocks).model)
         rows.append({"mix": name, **row, "no_domain_worse": all(row[column] <= cut[column] for column in columns)})
     frame = pd.DataFrame(rows)
     possible = frame[frame["no_domain_worse"] & (frame["mix"] != "none")]
@@ -205,18 +227,23 @@ def refits(
 ) -> pd.DataFrame:
     """t5_forms: each published form of the closed form, (form, reach), on the same layers and tokens.
 
-    Of those that add no parameter the one with the lowest geometric mean of perplexity ratios is ``chosen``.
+    Of those that add no parameter the one with the lowest geometric mean of perplexity ratios is ``chosen``. Forms
+    that the family of the model cannot take are left out; if all are, ``none`` is chosen.
     """
     rows = [{"form": "none", "reach": "", "tokens": 0, "seconds": 0.0, "added": 0, **judge.row(compact(full, kept))}]
     for form, reach in progress(list(ways)):
         start = time.perf_counter()
-        found = recovery.closed_form(full, kept, blocks, form, reach)
+        try:
+            found = recovery.closed_form(full, kept, blocks, form, reach)
+        except NotSupported as error:
+            print(f"{form}: {error}")
+            continue
         seconds = time.perf_counter() - start
         rows.append({"form": form, "reach": reach, "tokens": found.tokens, "seconds": seconds, "added": found.added,
                      **judge.row(found.model)})  # fmt: skip
     frame = pd.DataFrame(rows).assign(k=len(kept), kept=kept_text(kept))
     standard = frame[(frame["added"] == 0) & (frame["form"] != "none")]
-    return frame.assign(chosen=frame.index == standard["ppl_ratio_mean"].idxmin())
+    return frame.assign(chosen=frame.index == (standard["ppl_ratio_mean"].idxmin() if len(standard) else 0))
 
 
 def with_control(table: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
@@ -244,21 +271,21 @@ def recover(
         full: the full model.
         kept: kept layers.
         blocks: (N, T) calibration text of the closed form.
-        way: its form and reach.
+        way: its form and reach; see :func:`refit`.
         more: (M, T) calibration text of the distillation.
         validation: decides on the distillation's best state.
-        folder: of its checkpoints; a run that is done is not run again while they are there.
+        folder: of its checkpoints and outcome; a run that is done is not run again while that is there.
         settings: of the distillation.
     """
     start = time.perf_counter()
-    refitted = recovery.closed_form(full, kept, blocks, *way, progress=progress_bar(f"closed form, k = {len(kept)}"))
+    refitted = refit(full, kept, blocks, way, progress_bar(f"closed form, k = {len(kept)}"))
     seconds = time.perf_counter() - start
     trained = distillation.distil(full, refitted.model, more, validation, folder, settings, kept, print)
     history = [{"k": len(kept), "closed_form_s": seconds, **row} for row in trained.history]
     found = {
         "none": (compact(full, kept), 0.0, 0),
-        "closed_form": (refitted.model, seconds, blocks.numel()),
-        "distilled": (trained.model, seconds + history[-1]["seconds"], blocks.numel() + int(history[-1]["tokens"])),
+        "closed_form": (refitted.model, seconds, refitted.tokens),
+        "distilled": (trained.model, seconds + history[-1]["seconds"], refitted.tokens + int(history[-1]["tokens"])),
     }
     return found, history
 
@@ -303,9 +330,9 @@ def earlier(
 ) -> list[dict[str, object]]:
     """Rows of t5_recovery for the earlier report's kind of selection: cut, and refitted."""
     start = time.perf_counter()
-    refitted = recovery.closed_form(full, kept, blocks, *way).model
+    refitted = refit(full, kept, blocks, way)
     seconds = time.perf_counter() - start
-    found = {"none": (compact(full, kept), 0.0, 0), "closed_form": (refitted, seconds, blocks.numel())}
+    found = {"none": (compact(full, kept), 0.0, 0), "closed_form": (refitted.model, seconds, refitted.tokens)}
     return stages(judge, found, kept, "distributed")
 
 

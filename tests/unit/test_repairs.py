@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import InputError, repairs
+from paper_src import InputError, recovery, repairs
 from paper_src.compaction import compact
 
 
@@ -112,3 +112,23 @@ def test_a_mix_that_makes_a_kind_of_text_worse_is_not_chosen(judge, texts, token
     for row in found.iloc[1:].to_dict("records"):
         assert row["no_domain_worse"] == all(row[column] <= cut[column] for column in columns)
         assert not row["chosen"] or row["no_domain_worse"]
+
+
+def test_a_family_without_a_closed_form_is_cut_only(judge, make_blocks, capsys):
+    model, blocks = build_model("gemma2", vocab_size=300), make_blocks(64, 16)
+    with pytest.warns(UserWarning, match="not refitted: layer 0 does not add its MLP's output"):
+        found = repairs.refit(model, (0, 3), blocks)
+    cut = compact(model, (0, 3))
+    assert found.tokens == 0
+    assert torch.equal(found.model(blocks).logits, cut(blocks).logits)
+    table = repairs.refits(model, (0, 3), blocks, judge[1], [("down_proj", "gaps"), ("linear", "gaps")])
+    assert table[["form", "chosen"]].values.tolist() == [["none", True], ["linear", False]]
+    assert "down_proj: layer 0 does not add" in capsys.readouterr().out
+    assert repairs.refit(model, (0, 3), blocks, ("none", "")).tokens == 0
+
+
+def test_a_refit_is_the_closed_form(judge, make_blocks):
+    model, blocks = judge[0], make_blocks(16, 8)
+    found, expected = repairs.refit(model, (0, 3), blocks), recovery.closed_form(model, (0, 3), blocks)
+    assert found.tokens == expected.tokens == blocks.numel()
+    assert torch.equal(found.model(blocks).logits, expected.model(blocks).logits)
