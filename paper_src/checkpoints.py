@@ -1,17 +1,20 @@
-"""Folders of a Trainer's checkpoints that belong to one run, so that a killed run goes on and no other is mixed in."""
+"""What the trainings share: one device, and folders that belong to one run, so that a killed one goes on."""
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from paper_src import InputError
 from paper_src.files import replacing
 
 
@@ -31,26 +34,55 @@ def seconds_before(state: TrainerState) -> float:
     return next((row["eval_seconds"] for row in state.log_history[::-1] if "eval_seconds" in row), 0.0)
 
 
-def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> None:
-    """Mark ``folder`` as that of the run on ``tensors`` (weights and data) with ``settings``.
+@dataclass
+class OneDevice(TrainingArguments):
+    """Arguments of a Trainer that stays on the device ``on``, where its model is.
 
-    Raises:
-        InputError: it holds another run.
+    By itself a Trainer takes the first GPU, and all there are for copies of the model.
+    """
+
+    on: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.use_cpu = torch.device(self.on).type == "cpu"
+        super().__post_init__()
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        own = os.environ.get("ACCELERATE_TORCH_DEVICE")
+        os.environ["ACCELERATE_TORCH_DEVICE"] = self.on  # accelerate asks nothing else
+        try:
+            super()._setup_devices  # noqa: B018 (a property that sets up accelerate)
+        finally:
+            os.environ.pop("ACCELERATE_TORCH_DEVICE")
+            if own is not None:
+                os.environ["ACCELERATE_TORCH_DEVICE"] = own
+        self._n_gpu = int(not self.use_cpu)
+        device = torch.device(self.on)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
+
+def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> Path:
+    """The folder inside ``folder`` of the run on ``tensors`` (weights and data) with ``settings``; it is made.
+
+    Another run has another one: a run goes on from its own checkpoints and from no others.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    mark = folder / "run.txt"
-    if mark.is_file() and mark.read_text() != digest.hexdigest():
-        raise InputError(f"{folder} holds checkpoints of another model, text or setting: remove it or name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(digest.hexdigest())
+    own = folder / digest.hexdigest()[:16]
+    own.mkdir(parents=True, exist_ok=True)
+    return own
 
 
 def keep(folder: Path, model: nn.Module, history: list[dict[str, float]]) -> None:
-    """Write a run's outcome, the weights of ``model`` and its ``history``, beside the checkpoints."""
+    """Write a run's outcome, the weights of ``model`` and its ``history``, in place of the checkpoints."""
     with replacing(folder / "trained.safetensors") as part:
-        save_file(model.state_dict(), part, metadata={"history": json.dumps(history)})
+        save_model(model, str(part), metadata={"history": json.dumps(history)})
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def kept(folder: Path, model: nn.Module) -> list[dict[str, float]] | None:
@@ -58,6 +90,6 @@ def kept(folder: Path, model: nn.Module) -> list[dict[str, float]] | None:
     path = folder / "trained.safetensors"
     if not path.is_file():
         return None
+    load_model(model, path)
     with safe_open(path, framework="pt") as file:
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
         return json.loads(file.metadata()["history"])

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import InputError, baselines, distillation, fidelity, recovery, timing, zeroshot
+from paper_src import InputError, NotSupported, baselines, distillation, fidelity, recovery, timing, zeroshot
 from paper_src.checkpoints import claim
 from paper_src.compaction import compact
 from paper_src.files import replacing
 from paper_src.layers import LayerRunner
 from paper_src.models import count_parameters, decoder_layers
-from paper_src.repairs import Judge, saved
+from paper_src.repairs import Judge, refit, saved
 from paper_src.sources import sha256
 
 Model = PreTrainedModel
@@ -194,8 +194,7 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
                "methods": [[entry.method, entry.k, list(entry.kept), _digest(entry.source)]
                            for entry in methods]}  # fmt: skip
     texts = [bench.blocks, bench.judge.first.blocks, bench.validation.blocks]
-    claim(bench.folder, [*texts, *bench.full.parameters()], context)
-    kept_rows = bench.folder / "rows.jsonl"
+    kept_rows = claim(bench.folder, [*texts, *bench.full.parameters()], context) / "rows.jsonl"
     rows = [json.loads(line) for line in kept_rows.read_text().splitlines()] if kept_rows.is_file() else []
     if not rows:
         rows = [{"method": "full model", "family": "full", "k": len(decoder_layers(bench.full)), "recovered": False,
@@ -211,7 +210,7 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
             if trained:
                 model, row["recovery_s"] = recovered(bench, entry, model)
             row |= measured(bench, model, entry.k in bench.zero_shot_k)
-        except baselines.NotSupported as error:
+        except NotSupported as error:
             row["status"] = f"not supported: {error}"
         rows.append(row)
         with replacing(kept_rows) as part:
@@ -223,9 +222,8 @@ def table(bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], prog
 
 
 def _digest(checkpoint: Path | None) -> str:
-    """SHA-256 of a checkpoint's weights; nothing where there are none."""
-    weights = checkpoint / "model.safetensors" if checkpoint else None
-    return sha256(weights) if weights and weights.is_file() else ""
+    """SHA-256 of each file of a checkpoint's weights; nothing where there are none."""
+    return " ".join(sha256(part) for part in sorted(checkpoint.glob("*.safetensors"))) if checkpoint else ""
 
 
 def _make(bench: Bench, entry: Entry) -> tuple[Model, float]:
@@ -239,7 +237,7 @@ def recovered(bench: Bench, entry: Entry, model: Model) -> tuple[Model, float]:
     """``model`` after the recovery that every method gets, and its seconds."""
     start = time.perf_counter()
     if entry.training == "refit":
-        model = recovery.closed_form(bench.full, entry.kept, bench.blocks).model
+        model = refit(bench.full, entry.kept, bench.blocks).model
     if entry.training == "masked":
         model = baselines.masked(model)
     name = f"{entry.method}_{entry.k}".replace(" ", "_").replace(":", "")

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError, fidelity
-from paper_src.checkpoints import FirstLook, claim, seconds_before
+from paper_src.checkpoints import FirstLook, OneDevice, claim, keep, seconds_before
+from paper_src.checkpoints import kept as outcome
 from paper_src.models import last_hidden, logits_of
 
 
@@ -84,8 +85,8 @@ def distil(
     """``student`` trained on ``blocks`` so that it answers as ``full`` does.
 
     The weights that are trained are a float32 copy; where ``full`` is in bfloat16 the products are, too
-    (autocast). Checkpoints lie in ``folder``: a run that was killed goes on from the last one and ends where it
-    would have. A folder of another run is refused.
+    (autocast). Checkpoints lie in ``folder``, each run's in a folder of its own: a run that was killed goes on from
+    the last one and ends where it would have, one that has ended is read from there.
 
     Args:
         full: the teacher; it is not changed.
@@ -98,30 +99,39 @@ def distil(
         progress: called with a line of text at each look.
 
     Raises:
-        InputError: the loss turns NaN or Inf (the last good checkpoint stays), or the folder is of another run.
+        InputError: the loss turns NaN or Inf (the last good checkpoint stays), or less than a batch of blocks.
     """
     settings = settings or Settings()
     if len(blocks) < settings.batch_size:
         raise InputError(f"{len(blocks)} blocks in batches of {settings.batch_size}: give at least one batch")
-    folder = Path(folder)
-    claim(folder, [blocks, validation.blocks, *student.parameters()], asdict(settings))
+    folder = claim(Path(folder), [blocks, validation.blocks, *student.parameters()], asdict(settings))
     model, finish = _trainable(student, settings)
+    if (history := outcome(folder, model)) is None:
+        history = _fit(full, model, blocks, validation, folder, settings, kept, progress)
+        keep(folder, model, history)
+    if history[0]["kl_nats"] <= min(row["kl_nats"] for row in history[1:]):  # the first look is before any step
+        return Distilled(student, history)
+    return Distilled(finish(model).to(student.dtype).eval(), history)
+
+
+def _fit(
+    full: PreTrainedModel, model: PreTrainedModel, blocks: Tensor, validation: fidelity.Reference, folder: Path,
+    settings: Settings, kept: Sequence[int], progress: Callable | None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train ``model`` in place, to its best state on validation text; the looks at that."""
     trainer = Distiller(full, validation, settings, kept, progress, model=model, train_dataset=_Blocks(blocks),
                         eval_dataset=_Blocks(validation.blocks),
                         args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    columns = (*fidelity.METRICS, "tokens", "seconds")  # the log of a resumed run has another order
-    history = [{"step": row["step"], **{name: row[f"eval_{name}"] for name in columns}}
-               for row in trainer.state.log_history if "eval_kl_nats" in row]  # fmt: skip
-    if history[0]["kl_nats"] <= min(row["kl_nats"] for row in history[1:]):  # the first look is before any step
-        return Distilled(student, history)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
-    return Distilled(finish(model).to(student.dtype).eval(), history)
+    columns = (*fidelity.METRICS, "tokens", "seconds")  # the log of a resumed run has another order
+    return [{"step": row["step"], **{name: row[f"eval_{name}"] for name in columns}}
+            for row in trainer.state.log_history if "eval_kl_nats" in row]  # fmt: skip
 
 
-def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Settings) -> TrainingArguments:
+def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Settings) -> OneDevice:
     steps = blocks // settings.batch_size * settings.epochs
-    return TrainingArguments(
+    return OneDevice(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
@@ -130,7 +140,7 @@ def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Setti
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         bf16=full.dtype == torch.bfloat16,
-        use_cpu=full.device.type == "cpu",
+        on=str(full.device),
         eval_strategy="steps",
         eval_steps=settings.evaluate_every,
         save_strategy="steps",

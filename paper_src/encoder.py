@@ -5,7 +5,6 @@ against all item vectors, cross-entropy over the whole catalogue. Ours is a resi
 training starts from the recommender that is not trained. The training loop is transformers' Trainer.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, PreTrainedConfig, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, PreTrainedConfig, Trainer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
-from paper_src.checkpoints import FirstLook, claim, keep, kept, seconds_before
+from paper_src.checkpoints import FirstLook, OneDevice, claim, keep, kept, seconds_before
 from paper_src.recommend import Scorer, metrics_of, ranks
 
 IGNORED = -100
@@ -150,6 +149,7 @@ class Settings:
         residual: of :class:`SequenceModel`.
         patience: looks at validation NDCG@10, one an epoch, without progress after which it stops.
         bfloat16: whether products are in bfloat16.
+        device: where it is trained.
         seed: of the order of sequences, of new weights and of dropout.
     """
 
@@ -161,6 +161,7 @@ class Settings:
     residual: float = 0.8
     patience: int = 1
     bfloat16: bool = False
+    device: str = "cpu"
     seed: int = 0
 
 
@@ -178,7 +179,7 @@ def train(
     Epoch 0 is before any step: a model that training makes worse is given back as it was.
 
     A run that was killed goes on from its last epoch in ``folder`` and ends where it would have; one that has ended
-    is read from there. A folder of another run is refused.
+    is read from there.
 
     Args:
         body: of :class:`SequenceModel`, float32; it is trained in place.
@@ -190,7 +191,7 @@ def train(
         progress: called with a line of text at each look.
 
     Raises:
-        InputError: no sequence has two items, the loss is NaN, or the folder is of another run.
+        InputError: no sequence has two items, or the loss is NaN.
     """
     rows = [items[-settings.length - 1 :] for items in sequences if len(items) > 1]
     if not rows:
@@ -198,15 +199,12 @@ def train(
     torch.manual_seed(settings.seed)
     products = torch.bfloat16 if settings.bfloat16 else torch.float32
     model = SequenceModel(body, vectors, settings.residual, products)
-    folder = Path(folder)
     data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
-    claim(folder, [*data, *model.parameters()], asdict(settings))
+    folder = claim(Path(folder), [*data, *model.parameters()], asdict(settings))
     if (history := kept(folder, model)) is not None:
         return model.eval(), history
     history = _fit(model, rows, validation, folder, settings, progress)
     keep(folder, model, history)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     return model.eval(), history
 
 
@@ -235,14 +233,14 @@ def _optimizer(model: SequenceModel, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def _arguments(folder: str | Path, settings: Settings) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(folder: str | Path, settings: Settings) -> OneDevice:
+    return OneDevice(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         warmup_steps=0.1,
         bf16=settings.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
+        on=settings.device,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,

@@ -75,7 +75,7 @@ def test_a_lost_layer_is_found(bench, refused):
         comparison.require_alive(broken, bench.blocks[:1])
 
 
-def test_a_killed_comparison_goes_on_from_its_rows(bench, refused):
+def test_a_killed_comparison_goes_on_from_its_rows(bench):
     calls = []
 
     def entry(name, stop=False):
@@ -89,27 +89,29 @@ def test_a_killed_comparison_goes_on_from_its_rows(bench, refused):
 
     with pytest.raises(KeyboardInterrupt):
         comparison.table(bench, [entry("a"), entry("b", stop=True)], recover_k=[])
-    bench.rounds += 1
-    with refused("holds checkpoints of another model, text or setting"):
-        comparison.table(bench, [entry("a"), entry("b")], recover_k=[])
-    bench.rounds -= 1
     found = comparison.table(bench, [entry("a"), entry("b")], recover_k=[])
     assert calls == ["a", "b", "b"]
     assert found["method"].tolist() == ["full model", "a", "b"]
     assert found.loc[1, "ppl_ratio"] == found.loc[2, "ppl_ratio"]
     assert comparison.table(bench, [entry("a"), entry("b")], recover_k=[]).equals(found)  # until its folder goes
     assert calls == ["a", "b", "b"]
+    bench.rounds += 1
+    comparison.table(bench, [entry("a")], recover_k=[])  # of other settings: made anew
+    assert calls == ["a", "b", "b", "a"]
 
 
-def test_rows_are_not_taken_from_another_checkpoint(bench, refused, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
+def test_rows_are_not_taken_from_another_checkpoint(bench, tmp_path, name):
+    calls = []
+
     def rows(weights):
-        (tmp_path / "model.safetensors").write_bytes(weights)
-        entry = comparison.Entry("a", "depth", 2, lambda: compact(bench.full, (0, 3)), source=tmp_path)
-        return comparison.table(bench, [entry], recover_k=[])
+        (tmp_path / name).write_bytes(weights)
+        make = lambda: calls.append(weights) or compact(bench.full, (0, 3))  # noqa: E731
+        comparison.table(bench, [comparison.Entry("a", "depth", 2, make, source=tmp_path)], recover_k=[])
 
-    assert rows(b"one").equals(rows(b"one"))
-    with refused("holds checkpoints of another model, text or setting"):
-        rows(b"two")
+    for weights in (b"one", b"one", b"two"):
+        rows(weights)
+    assert calls == [b"one", b"two"]
 
 
 def test_rows_before_and_after_recovery_and_what_is_not_supported(bench):

@@ -136,7 +136,7 @@ run(Path({str(tmp_path / "killed")!r}), count={count}, epochs={epochs}, progress
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [path.name for path in (tmp_path / "killed").glob("*/checkpoint-*")] == ["checkpoint-4"]
     resumed, _ = run(tmp_path / "killed", count=count, epochs=epochs)
     assert [row["step"] for row in resumed.history] == [0, 4, 8, 12]
     assert [list(row) for row in resumed.history] == [list(row) for row in whole.history]
@@ -147,12 +147,20 @@ run(Path({str(tmp_path / "killed")!r}), count={count}, epochs={epochs}, progress
 def test_bad_input(tmp_path, refused):
     with refused("give at least one batch"):
         run(tmp_path, count=4)
-    run(tmp_path, count=32)
-    with refused("holds checkpoints of another"):
-        run(tmp_path, count=32, learning_rate=1e-3)
+
+
+def test_a_run_that_has_ended_is_read_and_not_repeated(tmp_path, monkeypatch):
+    first, _ = run(tmp_path, count=32)
+    assert not list(tmp_path.glob("*/checkpoint-*"))
+    other, _ = run(tmp_path, count=32, learning_rate=1e-3)  # another run, beside it
+    monkeypatch.setattr(distillation, "Distiller", None)
+    again, _ = run(tmp_path, count=32)
+    assert again.history == first.history != other.history
+    for (name, a), b in zip(first.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_a_loss_that_is_not_a_number_stops_it_and_keeps_the_last_state(tmp_path, refused):
     with refused("the loss is (nan|inf) at step .* lower the learning rate"):
         run(tmp_path, count=400, learning_rate=1e38, evaluate_every=1, warmup=0.5)
-    assert list(tmp_path.glob("checkpoint-*/model.safetensors"))
+    assert list(tmp_path.glob("*/checkpoint-*/model.safetensors"))

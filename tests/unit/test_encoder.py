@@ -96,7 +96,7 @@ class TestTrained:
 
     def test_a_run_that_has_ended_is_read_and_not_repeated(self, tmp_path, monkeypatch):
         model, history = self.fit(tmp_path, epochs=2)
-        assert not list(tmp_path.glob("checkpoint-*"))
+        assert not list(tmp_path.glob("*/checkpoint-*"))
         monkeypatch.setattr(encoder, "_Trainer", None)
         same, again = self.fit(tmp_path, epochs=2)
         assert again == history

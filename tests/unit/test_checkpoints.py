@@ -1,0 +1,29 @@
+"""One device for a training, and a folder for each run."""
+
+import os
+
+import pytest
+import torch
+
+from paper_src.checkpoints import OneDevice, claim
+
+
+@pytest.mark.parametrize(("on", "gpus"), [("cpu", 0), ("meta", 1)])
+def test_a_training_stays_where_its_model_is(on, gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mine")
+    arguments = OneDevice(output_dir=str(tmp_path), on=on)
+    assert arguments.device == torch.device(on)
+    assert arguments.n_gpu == gpus
+    assert arguments.distributed_state.device == torch.device(on)
+    assert os.environ["ACCELERATE_TORCH_DEVICE"] == "mine"
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path):
+    ones = [torch.ones(3)]
+    first = claim(tmp_path, ones, {"rate": 1})
+    assert first.is_dir()
+    assert first.parent == tmp_path
+    assert claim(tmp_path, ones, {"rate": 1}) == first
+    others = {claim(tmp_path, ones, {"rate": 2}), claim(tmp_path, [torch.zeros(3)], {"rate": 1})}
+    assert len(others | {first}) == 3
