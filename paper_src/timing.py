@@ -5,6 +5,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,8 +187,23 @@ def peak_memory(folder: str | Path, workload: Workload, dtype: str, device: str)
     On CUDA the allocator's peak; on the CPU the growth of the resident set over the process with its
     libraries loaded.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (str(folder), workload, dtype, device))
+    return in_new_process(_peak_memory, str(folder), workload, dtype, device)
+
+
+def in_new_process(function: Callable, *arguments: object) -> object:
+    """``function(*arguments)``, both importable and picklable, in a fresh process.
+
+    Raises:
+        InputError: the process was killed, as the system does when memory runs out.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"the process of {function.__name__.lstrip('_')} was killed, out of memory as it seems: use a smaller "
+                "model or dtype, or a machine with more memory"
+            ) from error
 
 
 def _peak_memory(folder: str, workload: Workload, dtype: str, device: str) -> int:

@@ -2,6 +2,7 @@
 
 import mmap
 import resource
+import signal
 
 import numpy as np
 import pytest
@@ -209,3 +210,9 @@ def test_peak_memory_of_a_fresh_process_covers_the_weights(make_model, tmp_path)
     del model
     peak = timing.peak_memory(tmp_path / "wide", Workload("decode", 1, 4, 2), "float32", "cpu")
     assert checkpoint_bytes(tmp_path / "wide") < peak < 2**31
+
+
+def test_a_process_that_is_killed_ends_in_one_line(refused):
+    assert timing.in_new_process(abs, -3) == 3
+    with refused("the process of raise_signal was killed, out of memory"):
+        timing.in_new_process(signal.raise_signal, signal.SIGKILL)
