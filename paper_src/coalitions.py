@@ -8,7 +8,7 @@ Shapley values stand on it, and so do the searches of :mod:`paper_src.selection`
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -140,10 +140,12 @@ def on_each(
     """An :class:`Evaluator` for each batch of token ids (N, T), one at a time; what they cost is added to ``cost``."""
     for blocks in batches:
         evaluator = Evaluator(model, blocks, **settings)
-        with evaluator.cost() as spent:
-            yield evaluator
-        if cost is not None:
-            cost.add(spent)
+        try:
+            with evaluator.cost() as spent:
+                yield evaluator
+        finally:  # also when no further one is asked for
+            if cost is not None:
+                cost.add(spent)
 
 
 def leave_one_out(evaluators: Iterable[Evaluator]) -> np.ndarray:
@@ -218,13 +220,15 @@ def shapley(
         InputError: fewer than two evaluators, or values that do not sum to v(all) - v(none).
     """
     groups, gaps, coalitions = [], [], []
-    for values, gap, walked in _shapley_groups(evaluators, shifts, Random(seed), ranks):
-        groups.append(values)
-        gaps.append(gap)
-        coalitions.append(walked)
-        result = ShapleyValues(np.stack(groups), np.max(gaps, axis=0), np.concatenate(coalitions))
-        if len(groups) >= max(least, 2) and result.relative_error() < target:
-            break
+    evaluators = (each for each in evaluators) if not hasattr(evaluators, "close") else evaluators
+    with closing(evaluators):  # the last one's cost is added then
+        for values, gap, walked in _shapley_groups(evaluators, shifts, Random(seed), ranks):
+            groups.append(values)
+            gaps.append(gap)
+            coalitions.append(walked)
+            result = ShapleyValues(np.stack(groups), np.max(gaps, axis=0), np.concatenate(coalitions))
+            if len(groups) >= max(least, 2) and result.relative_error() < target:
+                break
     if len(groups) < 2:
         raise InputError("Shapley values from fewer than 2 groups have no standard error: give more evaluators")
     return result

@@ -231,6 +231,14 @@ class TestLeaveOneOut:
 
 
 class TestShapley:
+    def test_the_cost_is_of_all_groups_also_where_the_target_ends_it(self, llama, make_blocks):
+        stopped, whole = coalitions.Cost(), coalitions.Cost()
+        batches = make_blocks(8, 12).split(1)
+        found = shapley(coalitions.on_each(llama, batches, stopped), target=1e9, least=2)
+        again = shapley(coalitions.on_each(llama, batches[:2], whole), target=0.0)
+        assert len(found.groups) == len(again.groups) == 2
+        assert stopped.evaluations == whole.evaluations > 0
+
     def test_sampled_values_equal_the_exact_ones_within_their_errors(self, make_blocks):
         model = build_model("llama", num_hidden_layers=5, seed=3)
         with torch.no_grad():
