@@ -95,12 +95,16 @@ def score_layers(
         progress: wraps the iterable of batches, for example ``tqdm``.
 
     Raises:
-        InputError: blocks too short, a layer that is used twice or flattens the batch, non-finite scores.
+        InputError: blocks too short, weights in float16, a layer that is used twice or flattens the batch, or
+            non-finite scores.
     """
     if batch_size < 1:
         raise InputError(f"batch_size = {batch_size}: give at least 1")
     if blocks.ndim != 2 or blocks.shape[1] < 2 or not len(blocks):
         raise InputError(f"blocks have shape {tuple(blocks.shape)}: give (N, T) token ids with T >= 2")
+    if model.dtype == torch.float16:
+        raise InputError("float16 holds neither the squares of large activations nor small gradients: "
+                         "load the model in bfloat16 or float32")  # fmt: skip
     if labels not in ("text", "model"):
         raise InputError(f"labels {labels!r}: use 'text' or 'model'")
     layers = decoder_layers(model)

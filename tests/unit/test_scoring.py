@@ -400,3 +400,8 @@ def test_weights_on_the_disk_give_the_same_scores(make_model, family, tokenizer,
     assert torch.equal(found.parameters, expected.parameters)
     assert offloaded(there)  # nothing stayed in memory
     assert not list(tmp_path.glob("*offload*"))
+
+
+def test_float16_is_refused(llama, make_blocks, refused):
+    with refused("float16 holds neither the squares of large activations nor small gradients"):
+        score_layers(copy.deepcopy(llama).half(), make_blocks(2, 8))
