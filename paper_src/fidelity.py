@@ -30,6 +30,7 @@ class Reference:
         probabilities: (N, T, V) float32 next-token distribution p: 4 * N * T * V bytes, the largest part.
         negative_entropy: (N, T) sum of p log p, nats.
         top1: (N, T) most probable token.
+        context: (N, C) token ids before the blocks, which are read and not scored.
     """
 
     blocks: Tensor
@@ -38,6 +39,7 @@ class Reference:
     probabilities: Tensor | None = None
     negative_entropy: Tensor | None = None
     top1: Tensor | None = None
+    context: Tensor | None = None
 
 
 @torch.no_grad()
@@ -75,7 +77,8 @@ def reference(
     tail = slice(-(scored or blocks.shape[1]), None)
     hidden = torch.cat([last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)])
     mean = hidden.new_zeros(hidden.shape[-1]) if mean is None else mean.to(model.device)
-    full = Reference(blocks[:, tail].to(model.device), hidden, mean)
+    context = blocks[:, : -hidden.shape[1]].to(model.device)
+    full = Reference(blocks[:, tail].to(model.device), hidden, mean, context=context)
     if {"kl_nats", "top1_agreement"}.isdisjoint(metrics):
         return full
     full.probabilities = torch.cat([logits_of(model, state[None]).float().softmax(-1) for state in hidden])
@@ -102,7 +105,9 @@ def compare(
     - ``nll_nats`` = mean of -log p'(next token), nats/token over T - 1 tokens: its exponential is the
       perplexity.
     """
-    hidden = [last_hidden(model, batch) for batch in full.blocks.split(batch_size)]
+    blocks = full.blocks if full.context is None else torch.cat([full.context, full.blocks], dim=1)
+    tail = slice(blocks.shape[1] - full.blocks.shape[1], None)
+    hidden = [last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)]
     return compare_states(model, full, torch.cat(hidden), metrics)
 
 

@@ -1,7 +1,7 @@
 """Scores of every layer as one table, from one process or many.
 
 python -m paper_src.measure owner/name scores.csv
-torchrun --nproc-per-node 8 -m paper_src.measure owner/name scores.csv --sequences 4096 --leave-one-out
+torchrun --nproc-per-node 8 -m paper_src.measure owner/name scores.csv --sequences 4096 --leave-one-out 64
 """
 
 import argparse
@@ -91,6 +91,8 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace, shared: Ranks) -> None:
+    if arguments.shapley and not arguments.leave_one_out:
+        raise InputError("--shapley needs the windows of --leave-one-out: give their number")
     loaded = models.load_model(arguments.model, arguments.dtype, arguments.device)
     text, _ = data.load_text(arguments.text, "train")
     blocks = data.token_blocks(loaded.tokenizer, text, arguments.sequences, arguments.length, arguments.seed)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from paper_src import InputError
 
 KeptLayers = tuple[int, ...]
-CODE = ("models.py", "fidelity.py", "coalitions.py")  # a change in them makes evaluations a matter of the past
+CODE = ("models.py", "layers.py", "fidelity.py", "coalitions.py")  # evaluations by older code are not read
 
 
 class Evaluation(NamedTuple):
@@ -45,7 +45,8 @@ class Store:
         self.path = Path(path)
         code = [Path(__file__).with_name(name).read_bytes() for name in CODE]
         versions = [version(package) for package in ("torch", "transformers")]
-        self._model = _digest(model.state_dict().values(), *code, *versions, model.device.type)
+        words = [*code, *versions, model.device.type, model.config.to_json_string()]
+        self._model = _digest(model.state_dict().values(), *words)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open()

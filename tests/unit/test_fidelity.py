@@ -205,3 +205,10 @@ def test_p_value_counts_controls_that_are_as_good(value, higher_is_better, expec
 
 def test_p_value_without_controls_is_one():
     assert control_p_value(0.5, [], higher_is_better=True) == 1
+
+
+def test_scored_tokens_are_read_in_their_context(llama, make_blocks):
+    full = reference(llama, make_blocks(3, 12), torch.zeros(32), scored=4)
+    values = compare(llama, full)
+    np.testing.assert_allclose(values["cosine"], 1, atol=1e-6)
+    np.testing.assert_allclose(values["kl_nats"], 0, atol=1e-6)
