@@ -1,6 +1,6 @@
 # One rule a notebook: what it reads, what it writes. ./reproduce.sh calls this; so can you:
 #   snakemake --cores 2 --config profile=tiny
-#   snakemake --executor slurm --jobs 8 --config profile=gpu model=/path/to/model
+#   snakemake --executor slurm --jobs 8 --default-resources mem_mb=64000 gres=gpu:1 --config profile=gpu model=/path
 # A later section is one more notebook, one more rule here, and its target below.
 import glob
 import os
@@ -11,6 +11,7 @@ MODEL = config.get("model", "")
 DEVICE = config.get("device", "")
 DATA_DIR = config.get("data_dir", "")
 OUT = config.get("results", f"results/{PROFILE}")
+THREADS = config.get("threads") or workflow.cores or 8  # of a notebook; a cluster has no number of cores
 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
 
@@ -58,7 +59,7 @@ rule importance:
         tables("t1_importance", "t1_angular", "t1_top10", "t1_agreement", "t1_causal", "t1_saturation", "t1_cost"),
         figures("f1_importance", "f1_agreement", "f1_causal", "f1_saturation"),
         record("01_importance"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -71,7 +72,7 @@ rule selection:
         tables("t2_selection", "t2_strategies"),
         figures("f2_selection", "f2_strategies"),
         record("02_selection"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -86,7 +87,7 @@ rule compaction:
         figures("f3_speed"),
         record("03_compaction"),
         directory(f"{OUT}/models/compact"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -99,7 +100,7 @@ rule fidelity:
         tables("t4_fidelity", "t4_random", "t4_strategies"),
         figures("f4_tradeoff"),
         record("04_fidelity"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -115,7 +116,7 @@ rule recovery:
         tables("t5_selection", "t5_mix", "t5_forms", "t5_recovery", "t5_curve"),
         figures("f5_recovery"),
         record("05_recovery"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -133,7 +134,7 @@ rule recommendation:
         tables("t6_movielens"),
         figures("f6_recommendation"),
         record("06_recommendation"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -150,7 +151,7 @@ rule baselines:
         tables("t7_baselines", "t7_budgets"),
         figures("f7_pareto"),
         record("07_baselines"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
@@ -163,7 +164,7 @@ rule controls:
         tables("t8_controls", "t8_random", "t8_scores", "t8_permuted", "t8_speed", "t8_text"),
         figures("f8_controls"),
         record("08_controls"),
-    threads: workflow.cores
+    threads: THREADS
     shell:
         RUN
 
