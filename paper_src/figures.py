@@ -13,10 +13,6 @@ from paper_src.budgets import LATER, frontier
 from paper_src.report import kept_tuple
 
 STYLE = {
-    "svg.hashsalt": "paper",
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
-    "savefig.dpi": 150,
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
     "font.size": 9,

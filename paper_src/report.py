@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ from paper_src.parameters import check_types, declared
 from paper_src.timing import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
+SAVED = {"svg.hashsalt": "paper", "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 150}  # asked when saving
 
 
 class Section:
@@ -91,7 +93,7 @@ class Section:
         """Write ``figure`` as ``figures/<name>`` .svg, .pdf and .png, byte for byte the same each time."""
         without_date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
         for form, metadata in without_date.items():
-            with replacing(self.root / "figures" / f"{name}.{form}") as path:
+            with replacing(self.root / "figures" / f"{name}.{form}") as path, rc_context(SAVED):
                 figure.savefig(path, format=form, metadata=metadata)
         return figure
 
