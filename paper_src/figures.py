@@ -21,7 +21,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
     "legend.fontsize": 8,
     "axes.grid": True,
     "grid.color": "#dddddd",
@@ -347,7 +347,7 @@ METHODS = {
     "trained": (BLUE, "trained"),
     "no_layers": (RED, "no layers"),
 }
-PLACES = {"compact": 9, "recovered": 0, "first_layers": -9}  # points above a mark, of names that would overlap
+PLACES = (9, 0, -9)  # points above the marks of the compact models, from the best down: names that would overlap
 
 
 def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
@@ -359,6 +359,8 @@ def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(len(tables), 2, figsize=(10, 3.6 * len(tables)), squeeze=False)
         for (left, right), table in zip(axes, tables.values(), strict=True):
+            small = table[(table["method"] == "trained") & (table["model"] != "full")].nlargest(len(PLACES), "ndcg10")
+            above = dict(zip(small.index, PLACES, strict=False))
             for place, row in enumerate(table.itertuples()):
                 colour, label = METHODS[row.method]
                 spread = [[row.ndcg10 - row.ndcg10_lo], [row.ndcg10_hi - row.ndcg10]]
@@ -369,7 +371,7 @@ def recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
                     if row.method == "no_layers" and "users" not in row.model:  # points that lie on each other
                         name = label if row.model == "full" else ""
                     right.annotate(name.replace("_", " "), (row.users_per_s, row.ndcg10), size=7,
-                                   textcoords="offset points", xytext=(5, PLACES.get(row.model, 4)))  # fmt: skip
+                                   textcoords="offset points", xytext=(5, above.get(row.Index, 4)))  # fmt: skip
             names = [METHODS[row.method][1] + (f", {row.model}" if row.model != "none" else "")
                      for row in table.itertuples()]  # fmt: skip
             left.set_yticks(range(len(table)), [name.replace("_", " ") for name in names])
@@ -419,7 +421,7 @@ def pareto(table: pd.DataFrame) -> Figure:
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_ylim(0.5, WORST * 1.3)
-            best = rows[frontier(rows, cost, cost.endswith("speedup"))].sort_values(cost)
+            best = rows[frontier(rows, cost, cost.endswith("speedup")) & (rows["ppl_ratio"] <= WORST)].sort_values(cost)
             axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2, label="frontier")
             names = [row.method + (f", k = {row.k}" if row.k and row.family != "full" else "")
                      for row in best.itertuples()]  # fmt: skip
