@@ -17,10 +17,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ
 
 
 def sources(name, *modules):
-    """What every rule depends on besides the tables it reads: notebook, profile, lock, modules."""
+    """What every rule depends on besides the tables it reads: notebook, profile, lock, modules, a local model."""
     always = ["__init__", "execute", "files", "parameters", "report", "sources", "models", "timing"]
     code = [f"paper_src/{module}.py" for module in [*always, *modules]]
-    return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code]
+    weights = [MODEL] if os.path.isfile(MODEL) else sorted(glob.glob(f"{glob.escape(MODEL)}/*.*")) if MODEL else []
+    return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code, *weights]
 
 
 CAUSAL = ("coalitions", "fidelity", "layers", "ranks", "store")
