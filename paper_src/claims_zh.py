@@ -25,10 +25,10 @@ RECOMMENDS = Words(
 )
 
 COMPARED = Words(
-    "悬而未决：与剪枝和量化相比，裁层如何？",
+    "悬而未决：裁层是否优于剪枝和量化？",
     "在 k = {k} 的大小下、经过同样的短蒸馏（至多 {seconds:.0f} 秒；裁层先重新拟合，其他方法从原样开始）：裁层的困惑度为完整模型的 "
     "{cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}] 倍、速度 {cut_x:.2f} 倍，收窄各层 {width:.2f} [{width_lo:.2f}, {width_hi:.2f}]、"
-    "{width_x:.2f}，低秩 {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}]、{thin_x:.2f}（最低者：{best}，{best_ppl:.2f}）。未经训练的 "
+    "{width_x:.2f}，低秩 {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}]、{thin_x:.2f}（其后最低者：{best}，{best_ppl:.2f}）。未经训练的 "
     "int8 权重：{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 "
     "{alone:.2f}）、{both_x:.2f}、{both_share:.0%}。",
     "在 3 倍速度下，在该大小的所有方法中困惑度最低，且区间低于每个不裁层的方法",
@@ -82,8 +82,8 @@ WORDS = {
     ),
     "distributed-beats-top-k": Words(
         "把保留的层分散到整个深度上优于 Top-K。",
-        "按梯度得分和综合得分，在 {of} 个不同的对（得分与 k）中，分布式的困惑度在 {wins} 对中更低；按其他得分，在 {other_of} 对中有 "
-        "{other_wins} 对。",
+        "按梯度得分和综合得分，在 {of} 个不同的对（得分与 k）中，分布式的困惑度在 {wins} 对中更低；按激活统计量，在 {activation_of} 对中有 "
+        "{activation_wins} 对。",
         "在两类得分的对中都有 75% 困惑度更低",
     ),
     "fisher-says-what-layers-are-worth": Words(
@@ -106,21 +106,19 @@ WORDS = {
     ),
     "cosine-after-recovery": Words(
         f"悬而未决：微调保留的层能使余弦高于 {earlier.COSINE_TARGET} 吗？",
-        "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}，常数 {trivial:.2f}），"
+        "k = {k}，闭式修复 {refit:,} 个 token，蒸馏 {distil:,} 个（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}，常数 {trivial:.2f}），"
         "首选 token 相同的比例 {agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍（修复前 {cut:times}），各类文本平均 {mean:.2f} 倍；"
         "k = {large_k}：余弦 {large_cosine:.2f}，{large_ppl:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
     "cosine-after-longer-recovery": Words(
         f"悬而未决：微调能使余弦高于 {earlier.COSINE_TARGET} 吗？预算更大时。",
-        "k = {k}，闭式修复加蒸馏，共 {tokens:,} 个 token（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
+        "k = {k}，闭式修复 {refit:,} 个 token，蒸馏 {distil:,} 个（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
         "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
     "against-pruning-and-quantization": COMPARED,
-    "against-pruning-with-more-training": replace(
-        COMPARED, reported="悬而未决：与剪枝和量化相比，裁层如何？预算更大时。"
-    ),
+    "against-pruning-with-more-training": replace(COMPARED, reported="悬而未决：裁层是否优于剪枝和量化？预算更大时。"),
     "recommendation": RECOMMENDS,
     "recommendation-with-more-users": replace(
         RECOMMENDS, reported="悬而未决：在真实推荐数据上质量能保持吗？更多用户。"

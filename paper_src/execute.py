@@ -101,16 +101,16 @@ def _copy(file: Path, place: Path) -> None:
 
 
 def claims_block(summary: str) -> str:
-    """The first table of a summary, that of the claims: claim, finding, verdict, notebook and the command for it."""
+    """The first table of a summary, that of the claims: claim, finding, verdict, rule, notebook and command."""
     first = next(part for part in summary.split("\n\n") if part.startswith("| "))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     head, _, *body = rows
-    lines = [[*head[:3], head[4], "`./reproduce.sh --only`"], ["---"] * 5]
-    for claim, ours, holds, _, source in body:
+    lines = [[*head, "`./reproduce.sh --only`"], ["---"] * 6]
+    for *said, source in body:
         notebooks = re.findall(r"\d\d_[a-z]+", source)
         links = ", ".join(f"[{name[:2]}](notebooks/{name}.ipynb)" for name in notebooks)
         larger = " --profile long" if source.startswith("long/") else ""
-        lines.append([claim, ours, holds, links, f"`{notebooks[0]}{larger}`"])
+        lines.append([*said, links, f"`{notebooks[0]}{larger}`"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

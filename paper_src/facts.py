@@ -10,7 +10,7 @@ from paper_src.report import kept_tuple
 from paper_src.tables import CAUSAL, prefill_rows
 
 Read = Callable[[str], pd.DataFrame]
-GRADIENT_SCORES = ("fisher", "fisher_true", "grad_norm", "taylor")
+GRADIENT_SCORES = ("fisher", "fisher_true", "fisher_per_parameter", "grad_norm", "taylor", "weight_taylor")
 
 
 def all_facts(read: Read) -> dict[str, object]:
@@ -141,7 +141,7 @@ def recovery_rows(read: Read) -> dict[str, object]:
         "kinds": [column.removeprefix("ppl_ratio_") for column in mixes if column.startswith("ppl_ratio_")][:-1],
         "changed": changed,
         "keep": sorted({int(k) for k in real["k"]}, reverse=True),
-        "mix": mix["mix"].iloc[0] if len(mix) else "all, though one kind of text got worse",
+        "mix": mix["mix"].iloc[0] if len(mix) else "all, for no mix repaired one kind of text and harmed none",
         "random_best": selections.loc[selections["strategy"] == "random", "ppl_ratio_refitted"].min(),
         "random_median": selections.loc[selections["strategy"] == "random", "ppl_ratio_refitted"].median(),
         "smallest_best": real.loc[real["k"] == real["k"].min(), "ppl_ratio_refitted"].min(),
@@ -154,11 +154,13 @@ def repaired(read: Read) -> dict[str, float]:
     smallest, largest = rows.index.min(), rows.index.max()
     cut = table[(table["selection"] == "selected") & (table["recovery"] == "none")].set_index("k")
     low, high = rows.loc[smallest], rows.loc[largest]
+    stages = table[(table["selection"] == "selected") & (table["k"] == smallest)].set_index("recovery")["tokens"]
+    refit = int(stages["closed_form"])
     return {
         "k": smallest, "cosine": low["cosine"], "cosine_hi": low["cosine_hi"], "centred": low["cosine_centred"],
         "ppl": low["ppl_ratio"], "cut": cut.loc[smallest, "ppl_ratio"], "mean": low["ppl_ratio_mean"],
-        "agreement": low["top1_agreement"], "tokens": int(low["tokens"]), "large_k": largest,
-        "large_cosine": high["cosine"], "large_ppl": high["ppl_ratio"],
+        "refit": refit, "distil": int(low["tokens"]) - refit, "agreement": low["top1_agreement"],
+        "large_k": largest, "large_cosine": high["cosine"], "large_ppl": high["ppl_ratio"],
         "trivial": table.loc[table["selection"] == "trivial", "cosine"].item(),
     }  # fmt: skip
 
@@ -305,10 +307,13 @@ def largest_speedup(read: Read) -> dict[str, float]:
     return {"k": rows.index.min(), **rows.loc[rows.index.min()].to_dict()}
 
 
-def speed_range(read: Read) -> dict[str, float]:
+def speed_range(read: Read) -> dict[str, float] | None:
+    """Speed at the reported compression; None where no k of this run has it."""
     speed, depth = read("t3_speed"), len(read("t1_importance"))
     low, high = reported.COMPRESSION_RANGE
     part = speed[(depth / speed["k"]).between(low, high)]
+    if part.empty:
+        return None
     return {"low": part["speedup"].min(), "high": part["speedup"].max(), "ideal_high": part["ideal"].max(),
             "k": ", ".join(map(str, sorted(part["k"].unique())))}  # fmt: skip
 
@@ -351,12 +356,17 @@ def against_random(read: Read) -> dict[str, float]:
 
 
 def distributed(read: Read) -> dict[str, float]:
-    """Different pairs of a distributed and a Top-K selection (same score and k): how often the first is better."""
+    """Different pairs of a distributed and a Top-K selection (same score and k): how often the first is better.
+
+    By the earlier report's two kinds of scores: gradients, the combined one included, and activation statistics.
+    """
     fidelity = read("t4_fidelity")
     spread, top = (fidelity[fidelity["strategy"] == name] for name in ("distributed", "top_k"))
     pairs = spread.merge(top, on=["score", "k"], suffixes=("", "_top"))
     pairs = pairs[pairs["kept"] != pairs["kept_top"]].assign(gradient=by_gradients)
+    pairs = pairs[pairs["gradient"] | pairs["score"].str.startswith("activation")]
     pairs = pairs.drop_duplicates(["gradient", "kept", "kept_top"])
     won = (pairs["nll_nats"] < pairs["nll_nats_top"]).groupby(pairs["gradient"])
     wins, sizes = (counts.reindex([True, False], fill_value=0) for counts in (won.sum(), won.size()))
-    return {"wins": wins[True], "of": sizes[True], "other_wins": wins[False], "other_of": sizes[False]}
+    return {"wins": wins[True], "of": sizes[True], "activation_wins": wins[False],
+            "activation_of": sizes[False]}  # fmt: skip

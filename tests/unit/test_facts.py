@@ -19,6 +19,10 @@ TABLE = selections([
     ("distributed", "fisher", 2, "0 3", 4.0, 0.05),
     ("top_k", "grad_norm", 2, "0 1", 5.0, 0.9),  # the same pair: counts once
     ("distributed", "grad_norm", 2, "0 3", 4.0, 0.05),
+    ("top_k", "weight_taylor", 2, "0 1", 5.0, 0.9),
+    ("distributed", "weight_taylor", 2, "0 3", 4.0, 0.05),
+    ("top_k", "shapley", 2, "0 1", 5.0, 0.9),  # of neither kind
+    ("distributed", "shapley", 2, "1 2", 4.0, 0.05),
     ("top_k", "combined", 2, "0 2", 3.0, 0.01),
     ("distributed", "combined", 2, "0 2", 3.0, 0.01),  # no pair: nothing to compare
     ("top_k", "activation_variance", 2, "2 3", 4.0, 0.3),
@@ -29,12 +33,17 @@ TABLE = selections([
 
 def test_distributed_and_top_k_are_compared_where_they_differ_and_once():
     found = facts.distributed(read_of(t4_fidelity=TABLE))
-    assert found == {"wins": 1, "of": 1, "other_wins": 0, "other_of": 1}
+    assert found == {"wins": 1, "of": 1, "activation_wins": 0, "activation_of": 1}
 
 
 def test_no_pairs_are_no_wins():
     same = TABLE[TABLE["score"] == "combined"]
-    assert facts.distributed(read_of(t4_fidelity=same)) == {"wins": 0, "of": 0, "other_wins": 0, "other_of": 0}
+    assert facts.distributed(read_of(t4_fidelity=same)) == {
+        "wins": 0,
+        "of": 0,
+        "activation_wins": 0,
+        "activation_of": 0,
+    }
 
 
 def test_gradient_selections_against_random_by_strategy():
@@ -49,3 +58,5 @@ def test_the_speed_range_is_of_the_reported_compression_alone():
     speed = pd.DataFrame({"k": [12, 8, 8, 4], "speedup": [2.0, 3.4, 3.6, 6.0], "ideal": [2.5, 3.75, 3.75, 7.5]})
     found = facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(30)})))
     assert found == {"low": 3.4, "high": 3.6, "ideal_high": 3.75, "k": "8"}  # 2.7 to 4.0 of 30 layers: 8 to 11
+    speed["k"] = [12, 10, 10, 6]
+    assert facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(26)}))) is None
