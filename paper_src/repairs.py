@@ -196,17 +196,19 @@ def mixes(
     """t5_mix: the closed form calibrated on each mix of texts, judged on every kind of text.
 
     ``no_domain_worse`` says whether no kind of text has a higher perplexity than before the repair; of those mixes
-    the one with the lowest geometric mean of the ratios is ``chosen``.
+    the one with the lowest geometric mean of the ratios is ``chosen``; none where nothing is refitted.
     """
     cut = judge.row(compact(full, kept))
     columns = [f"ppl_ratio_{name}" for name in judge.references]
-    rows = [{"mix": "none", **cut, "no_domain_worse": True}]
+    rows = [{"mix": "none", **cut, "no_domain_worse": True, "refitted": False}]
     for name, texts in choices.items():
         blocks = calibration(tokenizer, texts, *shape, seed)
-        row = judge.row(refit(full, kept, blocks).model)
-        rows.append({"mix": name, **row, "no_domain_worse": all(row[column] <= cut[column] for column in columns)})
+        found = refit(full, kept, blocks)
+        row = judge.row(found.model)
+        harmless = all(row[column] <= cut[column] for column in columns)
+        rows.append({"mix": name, **row, "no_domain_worse": harmless, "refitted": found.tokens > 0})
     frame = pd.DataFrame(rows)
-    possible = frame[frame["no_domain_worse"] & (frame["mix"] != "none")]
+    possible = frame[frame["no_domain_worse"] & frame["refitted"]]
     best = possible["ppl_ratio_mean"].idxmin() if len(possible) else -1
     wanted = ["mix", *columns, "ppl_ratio_mean", "no_domain_worse"]
     return frame[wanted].assign(tokens=shape[0] * shape[1], chosen=frame.index == best)
