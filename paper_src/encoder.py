@@ -198,7 +198,7 @@ def train(
         raise InputError("no training sequence has two items: give longer ones")
     torch.manual_seed(settings.seed)
     products = torch.bfloat16 if settings.bfloat16 else torch.float32
-    model = SequenceModel(body, vectors, settings.residual, products)
+    model = SequenceModel(body, vectors, settings.residual, products).to(settings.device)
     data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
     folder = claim(Path(folder), [*data, *model.parameters()], asdict(settings))
     if (history := kept(folder, model)) is not None:
