@@ -11,7 +11,7 @@ MODEL = config.get("model", "")
 DEVICE = config.get("device", "")
 DATA_DIR = config.get("data_dir", "")
 OUT = config.get("results", f"results/{PROFILE}")
-THREADS = config.get("threads") or workflow.cores or 8  # of a notebook; a cluster has no number of cores
+THREADS = config.get("threads") or workflow.resource_settings.cores or 8  # of a notebook; a cluster has no number of cores
 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
 
