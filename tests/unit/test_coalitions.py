@@ -234,7 +234,8 @@ class TestShapley:
     def test_the_cost_is_of_all_groups_also_where_the_target_ends_it(self, llama, make_blocks):
         stopped, whole = coalitions.Cost(), coalitions.Cost()
         batches = make_blocks(8, 12).split(1)
-        found = shapley(coalitions.on_each(llama, batches, stopped), target=1e9, least=2)
+        evaluators = coalitions.on_each(llama, batches, stopped)  # a name keeps it from being closed by itself
+        found = shapley(evaluators, target=1e9, least=2)
         again = shapley(coalitions.on_each(llama, batches[:2], whole), target=0.0)
         assert len(found.groups) == len(again.groups) == 2
         assert stopped.evaluations == whole.evaluations > 0

@@ -149,12 +149,17 @@ def test_bad_input(tmp_path, refused):
         run(tmp_path, count=4)
 
 
-def test_a_run_that_has_ended_is_read_and_not_repeated(tmp_path, monkeypatch):
-    first, _ = run(tmp_path, count=32)
+@pytest.mark.parametrize(("tied", "lora"), [(False, 0), (True, 0), (True, 2)])
+def test_a_run_that_has_ended_is_read_and_not_repeated(tmp_path, monkeypatch, tied, lora):
+    def ended(**settings):
+        full = build_model("llama", tie_word_embeddings=tied)
+        return run(tmp_path, full, count=32, lora_rank=lora, **settings)[0]
+
+    first = ended()
     assert not list(tmp_path.glob("*/checkpoint-*"))
-    other, _ = run(tmp_path, count=32, learning_rate=1e-3)  # another run, beside it
+    other = ended(learning_rate=1e-3)  # another run, beside it
     monkeypatch.setattr(distillation, "Distiller", None)
-    again, _ = run(tmp_path, count=32)
+    again = ended()
     assert again.history == first.history != other.history
     for (name, a), b in zip(first.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
