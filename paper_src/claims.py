@@ -282,8 +282,8 @@ CLAIMS = (
         values=facts.repaired,
         ours="k = {k}, closed form on {refit:,} tokens, distillation on {distil:,}, passes counted: cosine "
         "{cosine:.2f} (centred {centred:.2f}, constant {trivial:.2f}), the same first token in {agreement:.0%}, "
-        "perplexity {ppl:.2f} times the full model's ({cut:times} before), {mean:.2f} times over all kinds of text; k = "
-        "{large_k}: cosine {large_cosine:.2f}, {large_ppl:.2f} times.",
+        "perplexity {ppl:.2f} times the full model's ({cut:times} before), {mean:.2f} times over all kinds of text; "
+        "k = {large_k}: cosine {large_cosine:.2f}, {large_ppl:.2f} times.",
         holds=lambda v: v["cosine"] >= reported.COSINE_TARGET,
         rule="the smallest model reaches the target on test text",
         expected=None,
