@@ -24,20 +24,27 @@ RECOMMENDS = Words(
     "SASRec 同样用户 {same:.4f}；全部用户：SASRec {everyone:.4f}，无层 {bare_everyone:.4f}）",
 )
 
-COMPARED = Words(
-    "悬而未决：裁层是否优于剪枝和量化？",
+PRUNED = Words(
+    "悬而未决：裁层是否优于剪到同样大小？",
     "在 k = {k} 的大小下、经过同样的短蒸馏（至多 {seconds:.0f} 秒；裁层先重新拟合，其他方法从原样开始）：裁层的困惑度为完整模型的 "
     "{cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}] 倍、速度 {cut_x:.2f} 倍，收窄各层 {width:.2f} [{width_lo:.2f}, {width_hi:.2f}]、"
-    "{width_x:.2f}，低秩 {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}]、{thin_x:.2f}（其后最低者：{best}，{best_ppl:.2f}）。未经训练的 "
-    "int8 权重：{int8:.3f}、{int8_x:.2f}，占 float32 字节数的 {int8_share:.0%}；第 5 节的模型再用 int8：{both:.2f}（之前 "
-    "{alone:.2f}）、{both_x:.2f}、{both_share:.0%}。",
+    "{width_x:.2f}，低秩 {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}]、{thin_x:.2f}（其后最低者：{best}，{best_ppl:.2f}）。把一半权重置零（Wanda，"
+    "未经训练）并不使模型变小：{zeros:.2f}、{zeros_x:.2f}。",
     "在 3 倍速度下，在该大小的所有方法中困惑度最低，且区间低于每个不裁层的方法",
+)
+
+QUANTIZED = Words(
+    "悬而未决：裁层是否优于量化？",
+    "未经训练的 int8 权重：困惑度为完整模型的 {int8:.3f} 倍 [{int8_lo:.3f}, {int8_hi:.3f}]，速度 {int8_x:.2f} 倍，占 float32 字节数的 "
+    "{int8_share:.0%}；k = {k}，已修复（第 5 节）：{cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}]、{cut_x:.2f}、{cut_share:.0%}；"
+    "后者再用 int8：{both:.2f}、{both_x:.2f}、{both_share:.0%}。",
+    "按区间，最小的模型的困惑度达到 int8 权重的困惑度",
 )
 
 WORDS = {
     "first-and-last": Words(
         "最重要的层是最前面的 9 层和最后 1 层（32 层中的 10 层）。",
-        "按我们的综合得分，最好的 {of} 层中有 {overlap} 层属于这一模式；按 Fisher 信息，{of} 层中有 {fisher} 层"
+        "换算到 {depth} 层：按我们的综合得分，最好的 {of} 层中有 {overlap} 层属于这一模式；按 Fisher 信息，{of} 层中有 {fisher} 层"
         "（两半文本之间的 tau 为 {tau:.2f}），随机期望为 {chance:.1f} 层；按综合得分，首层排第 {first_rank}，末层在 {depth} 层中排第 {last_rank}。",
         "按两种得分都达到该模式的 80%",
     ),
@@ -47,16 +54,17 @@ WORDS = {
         "两种得分都选中其中 75% 的层",
     ),
     "speed-of-recommended": Words(
-        f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）快 {earlier.SPEEDUP:.2f} 倍。",
-        "k = {k}：隐藏状态预填充快 {speedup:.2f} 倍 [{speedup_lo:.2f}, {speedup_hi:.2f}]，"
+        f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）速度为其 {earlier.SPEEDUP:.2f} 倍。",
+        "k = {k}：隐藏状态预填充的速度为 {speedup:.2f} 倍 [{speedup_lo:.2f}, {speedup_hi:.2f}]，"
         "为理想值 {ideal:.2f} 的 {share_of_ideal:.0%}。",
         "区间达到所报告的加速比",
     ),
     "speed-range": Words(
         f"在所有配置下加速比为 {earlier.SPEEDUP_RANGE[0]}-{earlier.SPEEDUP_RANGE[1]}，"
         f"层压缩比为 {earlier.COMPRESSION_RANGE[0]}-{earlier.COMPRESSION_RANGE[1]}。",
-        "k = {k}，预填充、带 logits 的预填充与解码：{low:.2f}-{high:.2f}（理想值最多 {ideal_high:.2f}）。",
-        "在该压缩比下没有一项慢于所报告的范围",
+        "k = {k}（层数除以 {compression}）：隐藏状态预填充 {hidden_low:.2f}-{hidden_high:.2f}；未裁剪的输出头占一份时（带 logits 的预填充、解码）"
+        "{head_low:.2f}-{head_high:.2f}。",
+        "在这些压缩比下没有一项慢于所报告的范围",
     ),
     "parameters": Words(
         f"保留 32 层中的 8 层使参数量除以 {earlier.PARAMETER_COMPRESSION:.2f}。",
@@ -117,8 +125,10 @@ WORDS = {
         "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
-    "against-pruning-and-quantization": COMPARED,
-    "against-pruning-with-more-training": replace(COMPARED, reported="悬而未决：裁层是否优于剪枝和量化？预算更大时。"),
+    "against-pruning": PRUNED,
+    "against-pruning-with-more-training": replace(PRUNED, reported="悬而未决：裁层是否优于剪到同样大小？预算更大时。"),
+    "against-quantization": QUANTIZED,
+    "against-quantization-with-more-training": replace(QUANTIZED, reported="悬而未决：裁层是否优于量化？预算更大时。"),
     "recommendation": RECOMMENDS,
     "recommendation-with-more-users": replace(
         RECOMMENDS, reported="悬而未决：在真实推荐数据上质量能保持吗？更多用户。"

@@ -10,6 +10,7 @@ from paper_src.report import kept_tuple
 from paper_src.tables import CAUSAL, prefill_rows
 
 Read = Callable[[str], pd.DataFrame]
+Values = dict[str, object]
 GRADIENT_SCORES = ("fisher", "fisher_true", "fisher_per_parameter", "grad_norm", "taylor", "weight_taylor")
 
 
@@ -165,17 +166,24 @@ def repaired(read: Read) -> dict[str, float]:
     }  # fmt: skip
 
 
-def repaired_longer(read: Read) -> dict[str, float] | None:
-    """:func:`repaired` of the run with larger budgets."""
-    return None if if_made(read, "long/t5_recovery") is None else repaired(of_larger(read))
-
-
 def if_made(read: Read, name: str) -> pd.DataFrame | None:
     """Table ``name``, or None where its section was not run or its data are not on this machine."""
     try:
         return read(name)
     except (InputError, FileNotFoundError):
         return None
+
+
+def with_larger_budgets(fact: Callable[[Read], Values | None]) -> Callable[[Read], Values | None]:
+    """``fact`` of the run with larger budgets; None where there is none on this model."""
+
+    def of_that_run(read: Read) -> Values | None:
+        try:
+            return fact(of_larger(read))
+        except (InputError, FileNotFoundError):
+            return None
+
+    return of_that_run
 
 
 def of_larger(read: Read) -> Read:
@@ -210,34 +218,44 @@ def baseline_rows(read: Read) -> dict[str, object] | None:
     }
 
 
-def compared(read: Read) -> dict[str, float] | None:
-    """Removing layers beside narrower and thinner ones after the same recovery, and beside int8."""
+def pruned(read: Read) -> Values | None:
+    """Removing layers beside narrower and thinner ones after the same recovery, and beside zeros."""
     if (table := if_made(read, "t7_baselines")) is None:
         return None
     k = int(table.loc[table["recovered"], "k"].replace(0, np.nan).min())
     after = table[table["recovered"] & (table["k"] == k)].set_index("method")
-    before = table[~table["recovered"]]
     ranked = after.sort_values("ppl_ratio")
     thin = next((name for name in ranked.index if name.startswith("SVD")), "SVD")
     others = after.loc[after["family"] != "depth", "ppl_ratio_lo"]
-    int8, both, alone = (before[(before["method"] == name) & before["k"].isin([0, k])].iloc[0] for name in
-                         ("int8 weights, torchao", "cut, section 5, + int8", "layers cut, section 5"))  # fmt: skip
+    zeros = table[(table["method"] == "Wanda 50%") & ~table["recovered"]].iloc[0]
     best = ranked.index[0]
-    columns = {"": "ppl_ratio", "_lo": "ppl_ratio_lo", "_hi": "ppl_ratio_hi", "_x": "prefill_hidden_speedup"}
-    names = {"cut": "layers cut", "width": "width", "thin": thin}
-    rows = {name + end: after.loc[method, column] for name, method in names.items() for end, column in columns.items()}
+    rows = {}
+    for name, method in {"cut": "layers cut", "width": "width", "thin": thin}.items():
+        rows |= quality_and_speed(after.loc[method], name)
     return rows | {
         "k": k, "best": best, "best_ppl": after.loc[best, "ppl_ratio"], "least_other": others.min(),
-        "seconds": after["recovery_s"].max(),
-        "int8": int8["ppl_ratio"], "int8_x": int8["prefill_hidden_speedup"], "int8_share": int8["memory_share"],
-        "both": both["ppl_ratio"], "both_x": both["prefill_hidden_speedup"], "both_share": both["memory_share"],
-        "alone": alone["ppl_ratio"],
+        "seconds": after["recovery_s"].max(), "zeros": zeros["ppl_ratio"], "zeros_x": zeros["prefill_hidden_speedup"],
     }  # fmt: skip
 
 
-def compared_longer(read: Read) -> dict[str, float] | None:
-    """:func:`compared` of the run with larger budgets."""
-    return compared(of_larger(read))
+def quantized(read: Read) -> Values | None:
+    """int8 weights beside the smallest repaired model, and both together."""
+    if (table := if_made(read, "t7_baselines")) is None:
+        return None
+    table = table[~table["recovered"]]
+    k = int(table.loc[table["k"] > 0, "k"].min())
+    methods = {"int8": "int8 weights, torchao", "cut": "layers cut, section 5", "both": "cut, section 5, + int8"}
+    rows = {"k": k}
+    for name, method in methods.items():
+        row = table[(table["method"] == method) & table["k"].isin([0, k])].iloc[0]
+        rows |= quality_and_speed(row, name) | {f"{name}_share": row["memory_share"]}
+    return rows
+
+
+def quality_and_speed(row: pd.Series, name: str) -> Values:
+    """Perplexity ratio with its interval, and speedup, of a row of t7_baselines, as ``name`` with endings."""
+    columns = {"": "ppl_ratio", "_lo": "ppl_ratio_lo", "_hi": "ppl_ratio_hi", "_x": "prefill_hidden_speedup"}
+    return {name + end: row[column] for end, column in columns.items()}
 
 
 def recommender_rows(read: Read) -> list[dict[str, object]]:
@@ -266,11 +284,6 @@ def still_recommends(read: Read) -> dict[str, object] | None:
     lead = min(row["ndcg10"] - row["popular"] for row in found)
     return {"each": found, "lowest": min(row["share_lo"] for row in found), "lead": lead,
             "gain": min(row["over_no_layers_lo"] for row in found)}  # fmt: skip
-
-
-def recommends_with_more_users(read: Read) -> dict[str, object] | None:
-    """:func:`still_recommends` of the run with larger budgets."""
-    return still_recommends(of_larger(read))
 
 
 def halves(read: Read) -> dict[str, float]:
@@ -307,15 +320,18 @@ def largest_speedup(read: Read) -> dict[str, float]:
     return {"k": rows.index.min(), **rows.loc[rows.index.min()].to_dict()}
 
 
-def speed_range(read: Read) -> dict[str, float] | None:
-    """Speed at the reported compression; None where no k of this run has it."""
+def speed_range(read: Read) -> Values | None:
+    """Speed at the reported compressions, with and without the head; None where no k of this run has one."""
     speed, depth = read("t3_speed"), len(read("t1_importance"))
     low, high = reported.COMPRESSION_RANGE
-    part = speed[(depth / speed["k"]).between(low, high)]
+    part = speed[(depth / speed["k"]).round(1).between(low, high)]
     if part.empty:
         return None
-    return {"low": part["speedup"].min(), "high": part["speedup"].max(), "ideal_high": part["ideal"].max(),
-            "k": ", ".join(map(str, sorted(part["k"].unique())))}  # fmt: skip
+    hidden = part["task"] == "prefill_hidden"
+    sizes = sorted(part["k"].unique())
+    return {"hidden_low": part.loc[hidden, "speedup"].min(), "hidden_high": part.loc[hidden, "speedup"].max(),
+            "head_low": part.loc[~hidden, "speedup"].min(), "head_high": part.loc[~hidden, "speedup"].max(),
+            "k": ", ".join(map(str, sizes)), "compression": ", ".join(f"{depth / k:.2f}" for k in sizes)}  # fmt: skip
 
 
 def smallest_size(read: Read) -> dict[str, float]:

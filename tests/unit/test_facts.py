@@ -55,8 +55,12 @@ def test_gradient_selections_against_random_by_strategy():
 
 
 def test_the_speed_range_is_of_the_reported_compression_alone():
-    speed = pd.DataFrame({"k": [12, 8, 8, 4], "speedup": [2.0, 3.4, 3.6, 6.0], "ideal": [2.5, 3.75, 3.75, 7.5]})
+    speed = pd.DataFrame({"k": [12, 11, 8, 8, 4], "speedup": [2.0, 2.6, 3.4, 2.5, 6.0],
+                          "task": ["decode", *["prefill_hidden"] * 2, *["decode"] * 2]})  # fmt: skip
     found = facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(30)})))
-    assert found == {"low": 3.4, "high": 3.6, "ideal_high": 3.75, "k": "8"}  # 2.7 to 4.0 of 30 layers: 8 to 11
-    speed["k"] = [12, 10, 10, 6]
+    assert found == {
+        "hidden_low": 2.6, "hidden_high": 3.4, "head_low": 2.5, "head_high": 2.5,
+        "k": "8, 11", "compression": "3.75, 2.73",
+    }  # 2.7 to 4.0 of 30 layers: 8 to 11  # fmt: skip
+    speed["k"] = [12, 10, 10, 10, 6]
     assert facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(26)}))) is None
