@@ -25,7 +25,7 @@ RECOMMENDS = Words(
 )
 
 PRUNED = Words(
-    "悬而未决：裁层是否优于剪到同样大小？",
+    "悬而未决：裁层是否优于同样大小的剪枝？",
     "在 k = {k} 的大小下、经过同样的短蒸馏（至多 {seconds:.0f} 秒；裁层先重新拟合，其他方法从原样开始）：裁层的困惑度为完整模型的 "
     "{cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}] 倍、速度 {cut_x:.2f} 倍，收窄各层 {width:.2f} [{width_lo:.2f}, {width_hi:.2f}]、"
     "{width_x:.2f}，低秩 {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}]、{thin_x:.2f}（其后最低者：{best}，{best_ppl:.2f}）。把一半权重置零（Wanda，"
@@ -54,7 +54,7 @@ WORDS = {
         "两种得分都选中其中 75% 的层",
     ),
     "speed-of-recommended": Words(
-        f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）速度为其 {earlier.SPEEDUP:.2f} 倍。",
+        f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）时，速度为完整模型的 {earlier.SPEEDUP:.2f} 倍。",
         "k = {k}：隐藏状态预填充的速度为 {speedup:.2f} 倍 [{speedup_lo:.2f}, {speedup_hi:.2f}]，"
         "为理想值 {ideal:.2f} 的 {share_of_ideal:.0%}。",
         "区间达到所报告的加速比",
@@ -126,7 +126,9 @@ WORDS = {
         "最小的模型在测试文本上达到目标",
     ),
     "against-pruning": PRUNED,
-    "against-pruning-with-more-training": replace(PRUNED, reported="悬而未决：裁层是否优于剪到同样大小？预算更大时。"),
+    "against-pruning-with-more-training": replace(
+        PRUNED, reported="悬而未决：裁层是否优于同样大小的剪枝？预算更大时。"
+    ),
     "against-quantization": QUANTIZED,
     "against-quantization-with-more-training": replace(QUANTIZED, reported="悬而未决：裁层是否优于量化？预算更大时。"),
     "recommendation": RECOMMENDS,

@@ -1,6 +1,7 @@
 """Numbers of the summary and of its claims, each taken from the cells of tables."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,11 @@ from paper_src.tables import CAUSAL, prefill_rows
 
 Read = Callable[[str], pd.DataFrame]
 Values = dict[str, object]
+Of, Made = TypeVar("Of"), TypeVar("Made")
 GRADIENT_SCORES = ("fisher", "fisher_true", "fisher_per_parameter", "grad_norm", "taylor", "weight_taylor")
 
 
-def all_facts(read: Read) -> dict[str, object]:
+def all_facts(read: Read) -> Values:
     """Numbers of the summary's prose and tables."""
     fidelity, importance, speed = read("t4_fidelity"), read("t1_importance"), read("t3_speed")
     full = fidelity[fidelity["strategy"] == "full"].iloc[0]
@@ -72,7 +74,7 @@ def strategy_rows(read: Read) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: (-row["k"], row["nll_nats"]))
 
 
-def worth_of_layers(read: Read) -> dict[str, object]:
+def worth_of_layers(read: Read) -> Values:
     """What removing layers says of their worth, and how the cheap scores agree with it."""
     importance, causal, agreement = read("t1_importance"), read("t1_causal"), read("t1_agreement")
     coalitions = read("t1_saturation")
@@ -97,7 +99,7 @@ def worth_of_layers(read: Read) -> dict[str, object]:
     }
 
 
-def worth(read: Read) -> dict[str, float]:
+def worth(read: Read) -> Values:
     causal = worth_of_layers(read)
     fisher = next(row for row in causal["taus"] if row["score"] == "fisher")
     loo, shapley = fisher["leave_one_out"], fisher["shapley"]
@@ -110,13 +112,13 @@ def worth(read: Read) -> dict[str, float]:
     }  # fmt: skip
 
 
-def causal_pattern(read: Read) -> dict[str, float]:
+def causal_pattern(read: Read) -> Values:
     causal = worth_of_layers(read)
     return {"of": causal["of"], **causal["overlap"], "relative_error": causal["relative_error"],
             "coalitions": causal["coalitions"]}  # fmt: skip
 
 
-def recommended_or_chosen(read: Read) -> dict[str, float]:
+def recommended_or_chosen(read: Read) -> Values:
     fidelity = read("t4_fidelity")
     chosen = fidelity[fidelity["strategy"] == "chosen"]
     k = chosen["k"].min()
@@ -129,7 +131,7 @@ def recommended_or_chosen(read: Read) -> dict[str, float]:
             "chosen_cosine": best["cosine"], "chosen_kept": best["kept"].replace(" ", ", ")}  # fmt: skip
 
 
-def recovery_rows(read: Read) -> dict[str, object]:
+def recovery_rows(read: Read) -> Values:
     """What each stage of repair brings, and what the order of selections does."""
     table, selections, mixes = read("t5_recovery"), read("t5_selection"), read("t5_mix")
     rows = table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
@@ -149,7 +151,7 @@ def recovery_rows(read: Read) -> dict[str, object]:
     }
 
 
-def repaired(read: Read) -> dict[str, float]:
+def repaired(read: Read) -> Values:
     table = read("t5_recovery")
     rows = table[(table["selection"] == "selected") & (table["recovery"] == "distilled")].set_index("k")
     smallest, largest = rows.index.min(), rows.index.max()
@@ -166,24 +168,17 @@ def repaired(read: Read) -> dict[str, float]:
     }  # fmt: skip
 
 
-def if_made(read: Read, name: str) -> pd.DataFrame | None:
-    """Table ``name``, or None where its section was not run or its data are not on this machine."""
+def if_made(make: Callable[[Of], Made], of: Of) -> Made | None:
+    """``make(of)``, a table of its name or a fact; None where its section was not run or its data are not at hand."""
     try:
-        return read(name)
+        return make(of)
     except (InputError, FileNotFoundError):
         return None
 
 
 def with_larger_budgets(fact: Callable[[Read], Values | None]) -> Callable[[Read], Values | None]:
     """``fact`` of the run with larger budgets; None where there is none on this model."""
-
-    def of_that_run(read: Read) -> Values | None:
-        try:
-            return fact(of_larger(read))
-        except (InputError, FileNotFoundError):
-            return None
-
-    return of_that_run
+    return lambda read: if_made(fact, of_larger(read))
 
 
 def of_larger(read: Read) -> Read:
@@ -191,18 +186,17 @@ def of_larger(read: Read) -> Read:
     return lambda name: read(f"long/{name}")
 
 
-def larger(read: Read) -> dict[str, object]:
+def larger(read: Read) -> Values:
     """Rows of sections 5 to 7 from a run with larger budgets; each empty where there is none on this model."""
     read_larger = of_larger(read)
-    there = if_made(read_larger, "t5_recovery") is not None
     return {
-        "recovery": recovery_rows(read_larger) if there else None,
+        "recovery": if_made(recovery_rows, read_larger),
         "recommendation": recommender_rows(read_larger),
         "baselines": baseline_rows(read_larger),
     }
 
 
-def baseline_rows(read: Read) -> dict[str, object] | None:
+def baseline_rows(read: Read) -> Values | None:
     """The comparison at the smallest size and of methods without one, and what to pick for a budget."""
     if (table := if_made(read, "t7_baselines")) is None:
         return None
@@ -265,7 +259,7 @@ def recommender_rows(read: Read) -> list[dict[str, object]]:
     return rows
 
 
-def still_recommends(read: Read) -> dict[str, object] | None:
+def still_recommends(read: Read) -> Values | None:
     """The better of the cut and the repaired model, trained, beside the full one, no layers and SASRec."""
     rows = pd.DataFrame(recommender_rows(read))
     if rows.empty:
@@ -293,7 +287,7 @@ def halves(read: Read) -> dict[str, float]:
     return dict(zip(same["score_a"], same["kendall_tau"], strict=True))
 
 
-def pattern(read: Read) -> dict[str, float]:
+def pattern(read: Read) -> Values:
     importance = read("t1_importance")
     tau = halves(read)["fisher"]
     expected = set(reported.at_depth(tuple(reported.TOP10), len(importance)))
@@ -305,7 +299,7 @@ def pattern(read: Read) -> dict[str, float]:
             "first_rank": ranks.iloc[0], "depth": len(importance)}  # fmt: skip
 
 
-def recommended(read: Read) -> dict[str, float]:
+def recommended(read: Read) -> Values:
     selection, depth = read("t2_selection"), len(read("t1_importance"))
     expected = set(reported.at_depth(reported.RECOMMENDED, depth))
     rows = selection[(selection["strategy"] == "distributed") & (selection["k"] == selection["k"].min())]
@@ -315,7 +309,7 @@ def recommended(read: Read) -> dict[str, float]:
             "chance": k * len(expected) / depth}  # fmt: skip
 
 
-def largest_speedup(read: Read) -> dict[str, float]:
+def largest_speedup(read: Read) -> Values:
     rows = prefill_rows(read("t3_speed"))
     return {"k": rows.index.min(), **rows.loc[rows.index.min()].to_dict()}
 
@@ -334,12 +328,12 @@ def speed_range(read: Read) -> Values | None:
             "k": ", ".join(map(str, sizes)), "compression": ", ".join(f"{depth / k:.2f}" for k in sizes)}  # fmt: skip
 
 
-def smallest_size(read: Read) -> dict[str, float]:
+def smallest_size(read: Read) -> Values:
     size = read("t3_size")
     return size.loc[size["k"].idxmin()].to_dict()
 
 
-def cosines(read: Read) -> dict[str, float]:
+def cosines(read: Read) -> Values:
     fidelity = read("t4_fidelity")
     k = fidelity.loc[fidelity["strategy"] == "distributed", "k"].min()
     rows = fidelity[(fidelity["k"] == k) & fidelity["strategy"].isin(["top_k", "distributed"])]
@@ -360,7 +354,7 @@ def by_gradients(rows: pd.DataFrame) -> pd.Series:
     return rows["score"].isin([*GRADIENT_SCORES, "combined"])
 
 
-def against_random(read: Read) -> dict[str, float]:
+def against_random(read: Read) -> Values:
     """Different selections by gradient scores against random ones, Top-K and distributed apart."""
     fidelity = read("t4_fidelity")
     rows = fidelity[by_gradients(fidelity)].drop_duplicates(["strategy", "kept"])
@@ -371,7 +365,7 @@ def against_random(read: Read) -> dict[str, float]:
     return found
 
 
-def distributed(read: Read) -> dict[str, float]:
+def distributed(read: Read) -> Values:
     """Different pairs of a distributed and a Top-K selection (same score and k): how often the first is better.
 
     By the earlier report's two kinds of scores: gradients, the combined one included, and activation statistics.

@@ -64,3 +64,29 @@ def test_the_speed_range_is_of_the_reported_compression_alone():
     }  # 2.7 to 4.0 of 30 layers: 8 to 11  # fmt: skip
     speed["k"] = [12, 10, 10, 10, 6]
     assert facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(26)}))) is None
+    speed["k"] = [12, 20, 20, 20, 4]  # 32 / 12 is 2.67, which the report gives as 2.7
+    assert facts.speed_range(read_of(t3_speed=speed, t1_importance=pd.DataFrame({"layer": range(32)})))["k"] == "12"
+
+
+def test_int8_stands_beside_the_smallest_repaired_model_not_a_shortly_recovered_one():
+    names = ["int8 weights, torchao", "layers cut, section 5", "layers cut, section 5", "cut, section 5, + int8"]
+    table = pd.DataFrame({
+        "method": [*names, "layers cut, section 5"], "k": [0, 22, 8, 8, 4], "recovered": [False] * 4 + [True],
+        "ppl_ratio": [1.0, 1.6, 4.7, 4.8, 99.0], "ppl_ratio_lo": [0.9, 1.5, 3.8, 3.9, 98.0],
+        "ppl_ratio_hi": [1.1, 1.7, 5.9, 6.0, 100.0], "prefill_hidden_speedup": [0.9, 1.3, 3.6, 3.4, 7.0],
+        "memory_share": [0.3, 0.4, 0.21, 0.16, 0.1],
+    })  # fmt: skip
+    found = facts.quantized(read_of(t7_baselines=table))
+    assert found["k"] == 8 and (found["int8"], found["cut"], found["both"]) == (1.0, 4.7, 4.8)
+    assert (found["cut_lo"], found["cut_x"], found["both_share"]) == (3.8, 3.6, 0.16)
+
+
+def test_a_fact_of_larger_budgets_reads_their_tables_and_is_none_without_them():
+    larger = facts.with_larger_budgets(lambda read: {"rows": len(read("t9"))})
+    tables = {"long/t9": pd.DataFrame({"x": [1, 2]}), "t9": pd.DataFrame({"x": [1]})}
+    assert larger(tables.__getitem__) == {"rows": 2}
+
+    def missing(name):
+        raise FileNotFoundError(name)
+
+    assert larger(missing) is None
