@@ -15,6 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from paper_src import InputError
 from paper_src.files import replacing
 
 
@@ -73,7 +74,10 @@ def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object
     for tensor in tensors:
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     own = folder / digest.hexdigest()[:16]
-    own.mkdir(parents=True, exist_ok=True)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {own} ({error.strerror}): choose another folder") from error
     return own
 
 

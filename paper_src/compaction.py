@@ -1,8 +1,6 @@
 """Kept layers -> a compact model of the same family -> a standard checkpoint."""
 
 import copy
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError
-from paper_src.models import count_parameters, locate_layers
+from paper_src.files import replacing_folder, writable_folder
+from paper_src.models import count_parameters, locate_layers, require_finite
 
 # Configuration switches that make a layer's function depend on its number, which compaction changes.
 INDEX_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
@@ -72,37 +71,31 @@ def save(
 ) -> Path:
     """Write ``model`` as a standard checkpoint (safetensors, configuration, tokenizer, model card).
 
-    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it without this package. The folder appears
-    only when it is complete; an older one of the same name is replaced.
+    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it without this package. The folder appears only when it
+    is complete. One that exists is replaced only if it is empty or this function wrote all that is in it.
 
     Args:
         model: the compact model.
         tokenizer: saved alongside, if given.
-        folder: target.
-        source: name of the full model, for the card.
+        folder: target; neither the source model's folder, nor one that holds it or lies in it.
+        source: name or path of the full model, also for the card.
         kept: the kept layers, of ``depth``, for the card.
         depth: number of layers L of the full model.
         note: how the layers were chosen, for the card.
         trained: whether the kept layers were changed afterwards, for the card.
+
+    Raises:
+        InputError: the folder may not be replaced or cannot be written, or a weight is NaN or Inf.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        part = Path(scratch) / "checkpoint"
+    sources = [name for name in (source, model.name_or_path) if name]
+    writable_folder(folder, sources)
+    require_finite(model, "the compact model")
+    with replacing_folder(folder, sources) as part:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         (part / "README.md").write_text(_card(model, source, kept, depth, note, trained), encoding="utf-8")
-        old = Path(scratch) / "old"
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(part, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    return folder
+    return Path(folder)
 
 
 def _checked(kept: Sequence[int], depth: int) -> list[int]:

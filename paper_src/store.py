@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 class Store:
     """An SQLite file of evaluations of one model's subsets; each is on disk once it is set.
 
-    A file that is damaged, truncated or no database is started anew, with a warning. Evaluations of other
+    A file that is damaged or no database is moved aside, with a warning, and a new one begun. Evaluations of other
     weights, texts, metrics or code may stand in the same file; they are not read.
 
     Args:
@@ -54,8 +54,9 @@ class Store:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot write {self.path} ({reason}): choose another folder") from error
         except sqlite3.DatabaseError as error:
-            warnings.warn(f"{self.path} is damaged ({error}): its evaluations are computed anew", stacklevel=2)
-            self.path.unlink()
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            warnings.warn(f"{self.path} is damaged ({error}): moved to {aside.name}, computed anew", stacklevel=2)
+            self.path.replace(aside)
             self._file = self._open()
 
     def _open(self) -> sqlite3.Connection:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paper_src import compaction
+from paper_src import files
 from paper_src.compaction import compact, save
 from paper_src.models import count_parameters, decoder_layers
 
@@ -53,6 +53,10 @@ def greedy(model, prompt, use_cache):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tree_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # In memory
@@ -217,49 +221,104 @@ def test_model_card_says_what_was_cut(llama, tmp_path):
 def test_folder_is_made_with_its_parents_and_holds_safetensors_only(llama, tmp_path):
     folder = save(compact(llama, KEPT), None, tmp_path / "a" / "b" / "cut", "tiny", KEPT, 4)
     assert folder == tmp_path / "a" / "b" / "cut"
-    assert set(files_of(folder)) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(files_of(folder)) == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", files.MARK,
+    }  # fmt: skip
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_older_folder_is_replaced(llama, tmp_path):
+def test_own_folder_is_replaced(llama, tmp_path):
     save(llama, None, tmp_path / "cut", "tiny", range(4), 4)
-    (tmp_path / "cut" / "left.over").touch()
     save(compact(llama, KEPT), None, tmp_path / "cut", "tiny", KEPT, 4)
-    assert "left.over" not in files_of(tmp_path / "cut")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").config.num_hidden_layers == 3
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
+def test_an_empty_folder_is_written_to(llama, tmp_path):
+    (tmp_path / "cut").mkdir()
+    save(compact(llama, KEPT), None, tmp_path / "cut", "tiny", KEPT, 4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "sub/notes.txt", "README.md"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_strangers_file_is_never_deleted(llama, tmp_path, refused, mine, marked):
+    if marked:
+        save(llama, None, tmp_path / "cut", "tiny", range(4), 4)
+    (tmp_path / "cut" / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cut" / mine).write_text("years of work")
+    before = tree_of(tmp_path)
+    with refused(f"holds {mine}, which this package did not write: give a new or empty folder"):
+        save(compact(llama, KEPT), None, tmp_path / "cut", "tiny", KEPT, 4)
+    assert tree_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["source", ".", "source/cut", "link"])
+def test_the_source_model_is_never_touched(llama, tmp_path, refused, target, monkeypatch):
+    save(llama, None, tmp_path / "home" / "source", "tiny", range(4), 4)  # even where it carries the package's mark
+    (tmp_path / "home" / "link").symlink_to("source")
+    before = tree_of(tmp_path)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "home" / "source")
+    for source in (str(tmp_path / "home" / "source"), "another name"):
+        with refused("is, holds or lies in .*, which is read: give a folder elsewhere"):
+            save(compact(full, KEPT), None, tmp_path / "home" / target, source, KEPT, 4)
+    assert tree_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/.."])
+def test_a_folder_without_a_name_is_refused(llama, tmp_path, refused, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refused("give the folder a name of its own"):
+        save(compact(llama, KEPT), None, name, "tiny", KEPT, 4)
+    assert tree_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["file", "file/cut", "file/a/cut"])
+def test_a_file_in_the_way_is_refused(llama, tmp_path, refused, name):
+    (tmp_path / "file").write_text("years of work")
+    with refused("is or lies below the file .*: give another folder"):
+        save(compact(llama, KEPT), None, tmp_path / name, "tiny", KEPT, 4)
+    assert tree_of(tmp_path) == {"file": b"years of work"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(llama, tmp_path, refused, value):
+    small = copy.deepcopy(compact(llama, KEPT))
+    small.lm_head.weight.data[0, 0] = value
+    with refused("has NaN or Inf in"):
+        save(small, None, tmp_path / "cut", "tiny", KEPT, 4)
+    assert tree_of(tmp_path) == {}
+
+
 @pytest.mark.parametrize("older", [False, True])
-def test_save_that_fails_leaves_everything_as_it_was(llama, tmp_path, monkeypatch, older):
+def test_save_that_fails_leaves_everything_as_it_was(llama, tmp_path, monkeypatch, older, refused):
     if older:
         save(llama, None, tmp_path / "cut", "tiny", range(4), 4)
-    before = {path: files_of(path) for path in tmp_path.iterdir()}
+    before = tree_of(tmp_path)
     small = compact(llama, KEPT)
 
     def fail(folder):
-        folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(small, "save_pretrained", fail)
-    with pytest.raises(OSError, match="no space"):
+    with refused("cannot write .* .no space left on device.: free space"):
         save(small, None, tmp_path / "cut", "tiny", KEPT, 4)
-    assert {path: files_of(path) for path in tmp_path.iterdir()} == before
+    assert tree_of(tmp_path) == before
 
 
-def test_older_folder_is_put_back_when_the_last_step_fails(llama, tmp_path, monkeypatch):
+def test_older_folder_is_put_back_when_the_last_step_fails(llama, tmp_path, monkeypatch, refused):
     save(llama, None, tmp_path / "cut", "tiny", range(4), 4)
-    before = files_of(tmp_path / "cut")
+    before = tree_of(tmp_path)
     replace = os.replace
 
     def fail_once(source, target):
         if str(target) == str(tmp_path / "cut"):
-            monkeypatch.setattr(compaction.os, "replace", replace)
+            monkeypatch.setattr(files.os, "replace", replace)
             raise OSError("device went away")
         return replace(source, target)
 
-    monkeypatch.setattr(compaction.os, "replace", fail_once)
-    with pytest.raises(OSError, match="device went away"):
+    monkeypatch.setattr(files.os, "replace", fail_once)
+    with refused("cannot write .* .device went away."):
         save(compact(llama, KEPT), None, tmp_path / "cut", "tiny", KEPT, 4)
-    assert files_of(tmp_path / "cut") == before
+    assert tree_of(tmp_path) == before
