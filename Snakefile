@@ -5,6 +5,10 @@
 import glob
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, os.getcwd())  # for the list of modules, below
+from paper_src.reporting.imports import modules_of
 
 PROFILE = config.get("profile", "laptop")
 MODEL = config.get("model", "")
@@ -16,15 +20,11 @@ THREADS = config.get("threads") or workflow.resource_settings.cores or 8  # of a
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
 
 
-def sources(name, *modules):
+def sources(name):
     """What every rule depends on besides the tables it reads: notebook, profile, lock, modules, a local model."""
-    always = ["__init__", "execute", "files", "parameters", "report", "sources", "models", "timing"]
-    code = [f"paper_src/{module}.py" for module in [*always, *modules]]
+    code = {*modules_of(Path(f"notebooks/{name}.ipynb")), *modules_of(Path("paper_src/reporting/run.py"))}
     weights = [MODEL] if os.path.isfile(MODEL) else sorted(glob.glob(f"{glob.escape(MODEL)}/*.*")) if MODEL else []
-    return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *code, *weights]
-
-
-CAUSAL = ("coalitions", "fidelity", "layers", "ranks", "store")
+    return [f"notebooks/{name}.ipynb", f"profiles/{PROFILE}.yaml", "requirements.txt", *sorted(code), *weights]
 
 
 def tables(*names):
@@ -40,7 +40,7 @@ def record(name):
 
 
 RUN = (
-    f"exec {sys.executable} -m paper_src.execute {{input[0]}} --profile {{input[1]}} --results {OUT}"
+    f"exec {sys.executable} -m paper_src.reporting.run {{input[0]}} --profile {{input[1]}} --results {OUT}"
     + (f" --model '{MODEL}'" if MODEL else "")
     + (f" --device '{DEVICE}'" if DEVICE else "")
     + (f" --data-dir '{DATA_DIR}'" if DATA_DIR else "")
@@ -55,7 +55,7 @@ rule all:
 
 rule importance:
     input:
-        sources("01_importance", "data", "scoring", *CAUSAL, "tables", "reported", "figures"),
+        sources("01_importance"),
     output:
         tables("t1_importance", "t1_angular", "t1_top10", "t1_agreement", "t1_causal", "t1_saturation", "t1_cost"),
         figures("f1_importance", "f1_agreement", "f1_causal", "f1_saturation"),
@@ -67,7 +67,7 @@ rule importance:
 
 rule selection:
     input:
-        sources("02_selection", "data", "selection", *CAUSAL, "tables", "reported", "figures"),
+        sources("02_selection"),
         tables("t1_importance", "t1_angular", "t1_cost"),
     output:
         tables("t2_selection", "t2_strategies"),
@@ -81,13 +81,12 @@ rule selection:
 # All cores: a second notebook beside it would distort the times.
 rule compaction:
     input:
-        sources("03_compaction", "compaction", "layers", "tables", "reported", "figures"),
+        sources("03_compaction"),
         tables("t2_selection"),
     output:
         tables("t3_size", "t3_speed"),
         figures("f3_speed"),
         record("03_compaction"),
-        directory(f"{OUT}/models/compact"),
     threads: THREADS
     shell:
         RUN
@@ -95,7 +94,7 @@ rule compaction:
 
 rule fidelity:
     input:
-        sources("04_fidelity", "data", "fidelity", "layers", "tables", "reported", "figures"),
+        sources("04_fidelity"),
         tables("t2_selection", "t2_strategies", "t3_speed"),
     output:
         tables("t4_fidelity", "t4_random", "t4_strategies"),
@@ -108,10 +107,7 @@ rule fidelity:
 
 rule recovery:
     input:
-        sources(
-            "05_recovery", "data", "compaction", "fidelity", "layers", "recovery", "distillation", "checkpoints", "repairs",
-            "ranks", "selection", "tables", "figures",
-        ),
+        sources("05_recovery"),
         tables("t2_selection", "t2_strategies"),
     output:
         tables("t5_selection", "t5_mix", "t5_forms", "t5_recovery", "t5_curve"),
@@ -125,10 +121,7 @@ rule recovery:
 # t6_amazon is made only where its data are.
 rule recommendation:
     input:
-        sources(
-            "06_recommendation", "compaction", "interactions", "recommend", "encoder", "checkpoints", "repairs", "trials",
-            "fidelity", "figures",
-        ),
+        sources("06_recommendation"),
         tables("t5_recovery"),
         f"{OUT}/notebooks/05_recovery.ipynb",
     output:
@@ -142,10 +135,7 @@ rule recommendation:
 
 rule baselines:
     input:
-        sources(
-            "07_baselines", "baselines", "budgets", "comparison", "zeroshot", "data", "compaction", "fidelity", "layers", "recovery",
-            "distillation", "checkpoints", "repairs", "ranks", "figures",
-        ),
+        sources("07_baselines"),
         tables("t2_selection", "t5_recovery"),
         f"{OUT}/notebooks/05_recovery.ipynb",
     output:
@@ -159,7 +149,7 @@ rule baselines:
 
 rule controls:
     input:
-        sources("08_controls", "data", "controls", "compaction", "scoring", "selection", *CAUSAL, "tables", "figures"),
+        sources("08_controls"),
         tables("t1_importance", "t2_selection"),
     output:
         tables("t8_controls", "t8_random", "t8_scores", "t8_permuted", "t8_speed", "t8_text"),
@@ -172,10 +162,10 @@ rule controls:
 
 rule summary:
     input:
-        sources("09_summary", "claims", "claims_zh", "facts", "tables", "reported"),
-        "paper_src/summary.md.j2",
-        "paper_src/summary.zh-CN.md.j2",
-        "paper_src/summary.rows.j2",
+        sources("09_summary"),
+        "paper_src/reporting/summary.md.j2",
+        "paper_src/reporting/summary.zh-CN.md.j2",
+        "paper_src/reporting/summary.rows.j2",
         tables("t1_importance", "t1_top10", "t1_agreement", "t1_causal", "t2_selection", "t2_strategies"),
         tables("t3_size", "t3_speed", "t4_fidelity", "t4_random", "t4_strategies", "t8_controls", "t8_scores"),
         tables("t5_selection", "t5_mix", "t5_recovery", "t6_movielens", "t7_baselines", "t7_budgets"),
@@ -198,9 +188,9 @@ rule page:
         f"{OUT}/notebooks/06_recommendation.ipynb",
         f"{OUT}/notebooks/07_baselines.ipynb",
         f"{OUT}/notebooks/08_controls.ipynb",
-        "paper_src/page.py",
-        "paper_src/page.html.j2",
+        "paper_src/reporting/page.py",
+        "paper_src/reporting/page.html.j2",
     output:
         f"{OUT}/report/index.html",
     shell:
-        f"{sys.executable} -m paper_src.page {OUT} {{output}}"
+        f"{sys.executable} -m paper_src.reporting.page {OUT} {{output}}"

@@ -119,7 +119,7 @@ run() {
   exec 9>>results/.lock
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
     die "another reproduce.sh is running in this folder: wait for it, or stop it"
-  "$python" -m paper_src.execute --results "$results" --profile "profiles/$profile.yaml" --check
+  "$python" -m paper_src.reporting.run --results "$results" --profile "profiles/$profile.yaml" --check
 
   target=$results/report/index.html
   [ -z "$only" ] || target=$results/notebooks/$only.ipynb
@@ -131,10 +131,10 @@ run() {
   "$python" -m snakemake "$target" --cores "${jobs:-all}" --config "profile=$profile" "results=$results" \
     ${model:+"model=$model"} ${device:+"device=$device"} ${data_dir:+"data_dir=$data_dir"} --nolock --rerun-incomplete --quiet all ${force[@]+"${force[@]}"} ||
     status=$?
-  "$python" -m paper_src.execute --results "$results" --summary "$since"
+  "$python" -m paper_src.reporting.run --results "$results" --summary "$since"
   if [ $status -eq 0 ] && [[ "$results" =~ ^results/(laptop|long)$ ]]; then
-    "$python" -m paper_src.execute --results "$results" --publish
-    [ "$results" != results/laptop ] || "$python" -m paper_src.across tables/t9_models tables tables/small-neox >/dev/null
+    "$python" -m paper_src.reporting.run --results "$results" --publish
+    [ "$results" != results/laptop ] || "$python" -m paper_src.reporting.across tables/t9_models tables tables/small-neox >/dev/null
   fi
   return $status
 }

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
-from paper_src.ranks import ALONE, Ranks
+from paper_src.processes import ALONE, Ranks
 from paper_src.store import Evaluation, KeptLayers, Store, View
 
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")

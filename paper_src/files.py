@@ -84,7 +84,9 @@ def _strangers(folder: Path) -> str:
         known = {}
     files = {name: size for name, size in _sizes(folder).items() if not known or name != MARK}
     strange = next((name for name, size in files.items() if known.get(name) != size), "")
-    return strange or next((str(path.name) for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())), "")
+    return strange or next(
+        (str(path.name) for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())), ""
+    )
 
 
 def _exchange(part: Path, target: Path, old: Path) -> None:

@@ -18,7 +18,7 @@ from paper_src import InputError, NotSupported
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner, StandIn
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
-from paper_src.ranks import ALONE, Ranks
+from paper_src.processes import ALONE, Ranks
 
 FORMS = ("down_proj", "mlp_map", "linear", "diagonal")
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)

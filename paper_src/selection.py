@@ -1,7 +1,7 @@
-"""Which k of L layers to keep: every strategy returns the sorted tuple of kept layer indices.
+"""Tables, figures and provenance of one section, written whole or not at all.
 
-The first strategies take scores, one a layer. The searches take an evaluator, which says what any subset
-of layers is worth (:class:`paper_src.coalitions.Evaluator`).
+A section is a notebook. Sections pass nothing to one another but files: a table is a CSV at full
+precision (with a Markdown and a LaTeX copy for reading), a figure is SVG, PDF and PNG drawn from tables.
 """
 
 import math
@@ -14,6 +14,17 @@ import torch
 from torch import Tensor
 
 from paper_src import InputError
+
+
+def kept_text(kept: Iterable[int]) -> str:
+    """Kept layers as they stand in tables: ``0 1 8``."""
+    return " ".join(map(str, kept))
+
+
+def kept_tuple(text: str) -> tuple[int, ...]:
+    """The inverse of :func:`kept_text`."""
+    return tuple(map(int, str(text).split()))
+
 
 KeptLayers = tuple[int, ...]
 

@@ -6,7 +6,7 @@ import nbformat
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from paper_src.parameters import parameters_for
+from paper_src.reporting.parameters import parameters_for
 
 ROOT = Path(__file__).parents[2]
 BASELINE = Path(__file__).with_name("baseline")

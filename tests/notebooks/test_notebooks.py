@@ -13,7 +13,7 @@ import pytest
 from harness import BASELINE, NOTEBOOKS, ROOT, prepared
 from pytest_notebook.nb_regression import NBRegressionFixture
 
-from paper_src.parameters import parameters_for
+from paper_src.reporting.parameters import parameters_for
 
 UPDATE = bool(os.environ.get("UPDATE_BASELINE"))
 # Seconds and bytes differ from machine to machine; which table has them is in the baseline's columns all the same.

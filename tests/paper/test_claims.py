@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paper_src import claims, execute
+from paper_src.reporting import claims, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def test_every_table_has_its_provenance():
 
 @pytest.mark.parametrize("language", ["", ".zh-CN"])
 def test_readme_shows_the_claims_of_the_summary(language):
-    block = execute.claims_block((ROOT / f"SUMMARY{language}.md").read_text(encoding="utf-8"))
+    block = run.claims_block((ROOT / f"SUMMARY{language}.md").read_text(encoding="utf-8"))
     assert len(block.splitlines()) > 5
     assert block in (ROOT / f"README{language}.md").read_text(encoding="utf-8")
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import hypergeom
 
-from paper_src import across
+from paper_src.reporting import across
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,13 @@ import torch
 from conftest import build_model
 from torch import nn
 
-from paper_src import baselines
+from paper_src import NotSupported
+from paper_src.baselines.depth import _merged, laco
+from paper_src.baselines.low_rank import factors, low_rank
+from paper_src.baselines.moments import input_moments, linears
+from paper_src.baselines.quantization import cast, dynamic_quantized, torchao_quantized
+from paper_src.baselines.sparsity import magnitude_pruned, masked, unmasked, wanda, zeros
+from paper_src.baselines.width import width_pruned
 from paper_src.compaction import compact
 from paper_src.models import count_parameters, decoder_layers, last_hidden
 
@@ -23,7 +29,7 @@ def model():
 
 @pytest.fixture
 def moments(model, make_blocks):
-    return baselines.input_moments(model, make_blocks(6, 16))
+    return input_moments(model, make_blocks(6, 16))
 
 
 def states(model):
@@ -32,7 +38,7 @@ def states(model):
 
 def test_moments_are_the_mean_outer_product_of_inputs(model, make_blocks):
     blocks = make_blocks(3, 8)
-    found = baselines.input_moments(model, blocks, batch_size=2)
+    found = input_moments(model, blocks, batch_size=2)
     seen = []
     layer = decoder_layers(model)[1]
     hook = layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
@@ -47,59 +53,59 @@ def test_moments_are_the_mean_outer_product_of_inputs(model, make_blocks):
 def test_no_baseline_changes_the_model_it_is_given(model, moments, make_blocks):
     before = states(model)
     size = count_parameters(compact(model, (0, 3)))
-    baselines.magnitude_pruned(model, 0.5)
-    baselines.wanda(model, moments, 0.75)
-    baselines.width_pruned(model, moments, size)
-    baselines.low_rank(model, baselines.factors(model, moments), size)
-    baselines.laco(model, 2, make_blocks(2, 8))
-    baselines.masked(model)
+    magnitude_pruned(model, 0.5)
+    wanda(model, moments, 0.75)
+    width_pruned(model, moments, size)
+    low_rank(model, factors(model, moments), size)
+    laco(model, 2, make_blocks(2, 8))
+    masked(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
 def test_sparsity_is_exact(model, moments, sparsity):
-    for small in (baselines.magnitude_pruned(model, sparsity), baselines.wanda(model, moments, sparsity)):
-        assert baselines.zeros(small) == pytest.approx(sparsity, abs=1e-9)
-    assert baselines.zeros(model) == 0
+    for small in (magnitude_pruned(model, sparsity), wanda(model, moments, sparsity)):
+        assert zeros(small) == pytest.approx(sparsity, abs=1e-9)
+    assert zeros(model) == 0
 
 
 def test_two_of_four_leaves_two_of_every_four(model, moments):
-    small = baselines.wanda(model, moments, 0.5, group=4)
-    for _, linear in baselines.linears(small):
+    small = wanda(model, moments, 0.5, group=4)
+    for _, linear in linears(small):
         left = (linear.weight.view(len(linear.weight), -1, 4) != 0).sum(-1)
         assert (left == 2).all()
 
 
 def test_wanda_weighs_by_the_norm_of_the_input(model):
-    name, linear = next(baselines.linears(model))
+    name, linear = next(linears(model))
     linear.weight.data = torch.ones_like(linear.weight)
     size = linear.weight.shape[1]
-    moments = {name: torch.eye(part.weight.shape[1]) for name, part in baselines.linears(model)}
+    moments = {name: torch.eye(part.weight.shape[1]) for name, part in linears(model)}
     moments[name] = torch.diag(torch.arange(size, 0, -1.0))  # the last inputs are the smallest
-    found = dict(baselines.linears(baselines.wanda(model, moments, 0.5)))[name].weight
+    found = dict(linears(wanda(model, moments, 0.5)))[name].weight
     assert (found[:, : size // 2] != 0).all()
     assert (found[:, size // 2 :] == 0).all()
 
 
 def test_masked_weights_stay_zero_through_a_step(model):
-    sparse = baselines.magnitude_pruned(model, 0.5)
+    sparse = magnitude_pruned(model, 0.5)
     ids = torch.arange(3, 11)[None]
-    plain = baselines.unmasked(baselines.masked(sparse))
+    plain = unmasked(masked(sparse))
     assert torch.equal(last_hidden(plain, ids), last_hidden(sparse, ids))
-    training = baselines.masked(sparse)
+    training = masked(sparse)
     before = states(training)
     optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
     training(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in training.state_dict().items())
-    assert baselines.zeros(baselines.unmasked(training)) == pytest.approx(0.5, abs=1e-9)
+    assert zeros(unmasked(training)) == pytest.approx(0.5, abs=1e-9)
 
 
 def test_a_narrow_model_has_at_most_the_size_asked_for_and_loads_as_a_standard_one(model, moments, tmp_path):
     for kept in ((0, 1, 2), (0, 3), (0,)):
         size = count_parameters(compact(model, kept))
-        small = baselines.width_pruned(model, moments, size)
+        small = width_pruned(model, moments, size)
         assert 0.97 * size < count_parameters(small) <= size
         small.save_pretrained(tmp_path)
         ids = torch.arange(3, 11)[None]
@@ -113,9 +119,9 @@ def test_narrowing_takes_away_what_does_nothing(model, make_blocks):
         layer.mlp.down_proj.weight.data[:, ::3] = 0
         for group in (1, 4):  # of six
             layer.self_attn.o_proj.weight.data[:, 16 * group : 16 * group + 16] = 0
-    moments = baselines.input_moments(model, make_blocks(4, 16))
+    moments = input_moments(model, make_blocks(4, 16))
     group = 2 * 16 * 96 + 2 * 8 * 96  # query and output of two heads, key and value of one
-    small = baselines.width_pruned(model, moments, count_parameters(model) - 4 * (32 * 3 * 96 + 2 * group))
+    small = width_pruned(model, moments, count_parameters(model) - 4 * (32 * 3 * 96 + 2 * group))
     assert (small.config.num_key_value_heads, small.config.intermediate_size) == (4, 64)
     ids = make_blocks(1, 12)
     assert torch.allclose(small(ids).logits, model(ids).logits, atol=1e-4)
@@ -123,41 +129,41 @@ def test_narrowing_takes_away_what_does_nothing(model, make_blocks):
 
 def test_too_small_a_size_is_refused(model, moments, refused):
     with refused("leave no neuron"):
-        baselines.width_pruned(model, moments, 1000)
+        width_pruned(model, moments, 1000)
     with refused("leave no rank"):
-        baselines.low_rank(model, baselines.factors(model), 1000)
+        low_rank(model, factors(model), 1000)
 
 
 def test_other_families_are_not_supported_by_width(make_blocks, refused):
     model = build_model("gpt_neox")
-    with pytest.raises(baselines.NotSupported, match="other parts than Llama's"):
-        baselines.width_pruned(model, baselines.input_moments(model, make_blocks(2, 8)), 10**6)
+    with pytest.raises(NotSupported, match="other parts than Llama's"):
+        width_pruned(model, input_moments(model, make_blocks(2, 8)), 10**6)
     with refused("no nn.Linear"):
-        list(baselines.linears(build_model("gpt2")))
+        list(linears(build_model("gpt2")))
 
 
 def test_low_rank_of_full_size_is_the_model_itself(model, moments):
     ids = torch.arange(3, 19)[None]
-    size = count_parameters(model) + sum(part.weight.numel() * 3 for _, part in baselines.linears(model))
+    size = count_parameters(model) + sum(part.weight.numel() * 3 for _, part in linears(model))
     for given in (None, moments):
-        small = baselines.low_rank(model, baselines.factors(model, given), size)
+        small = low_rank(model, factors(model, given), size)
         assert torch.allclose(small(ids).logits, model(ids).logits, atol=1e-3)
 
 
 def test_low_rank_has_at_most_the_size_asked_for(model, moments):
     size = count_parameters(compact(model, (0, 3)))
-    small = baselines.low_rank(model, baselines.factors(model, moments), size)
+    small = low_rank(model, factors(model, moments), size)
     assert 0.9 * size < count_parameters(small) <= size
 
 
 def test_activation_aware_low_rank_is_the_best_map_of_its_rank(model, make_blocks):
     """|W x - U V x|^2 on the calibration text is lower than the plain SVD's, and equal to the discarded spectrum."""
     blocks = make_blocks(40, 32)
-    moments = baselines.input_moments(model, blocks)
+    moments = input_moments(model, blocks)
     size = count_parameters(compact(model, (0, 3)))
-    plain, aware = (dict(baselines.low_rank(model, baselines.factors(model, given), size).named_modules())
+    plain, aware = (dict(low_rank(model, factors(model, given), size).named_modules())
                     for given in (None, moments))  # fmt: skip
-    for name, linear in baselines.linears(model):
+    for name, linear in linears(model):
         moment = moments[name].double()
 
         def error(parts, linear=linear, moment=moment, name=name):
@@ -173,13 +179,13 @@ def test_activation_aware_low_rank_is_the_best_map_of_its_rank(model, make_block
 
 def test_laco_merges_to_the_depth_asked_for(model, make_blocks):
     for k in (3, 2, 1):
-        small = baselines.laco(model, k, make_blocks(2, 8))
+        small = laco(model, k, make_blocks(2, 8))
         assert len(decoder_layers(small)) == small.config.num_hidden_layers == k
         small.generate(make_blocks(1, 4), max_new_tokens=3, do_sample=False)
 
 
 def test_a_merged_layer_is_the_sum_of_the_differences(model):
-    small = baselines._merged(model, 1, 3)
+    small = _merged(model, 1, 3)
     layers = decoder_layers(model)
     a, b, c = (layers[index].mlp.up_proj.weight for index in (1, 2, 3))
     assert torch.allclose(decoder_layers(small)[1].mlp.up_proj.weight, a + (b - a) + (c - a), atol=1e-6)
@@ -189,14 +195,14 @@ def test_a_merged_layer_is_the_sum_of_the_differences(model):
 @pytest.mark.parametrize(("kind", "bound"), [("int8_weight", 0.03), ("int8_dynamic", 0.05), ("int4_unpacked", 0.5)])
 def test_torchao_stays_near_the_model(model, kind, bound):
     ids = torch.arange(3, 35)[None]
-    small = baselines.torchao_quantized(model, kind)
+    small = torchao_quantized(model, kind)
     error = (last_hidden(small, ids) - last_hidden(model, ids)).norm() / last_hidden(model, ids).norm()
     assert 0 < error < bound
 
 
 def test_torch_ao_dynamic_stays_near_the_model(model):
     ids = torch.arange(3, 35)[None]
-    small = baselines.dynamic_quantized(model)
+    small = dynamic_quantized(model)
     error = (last_hidden(small, ids) - last_hidden(model, ids)).norm() / last_hidden(model, ids).norm()
     assert 0 < error < 0.1
     assert not any(isinstance(part, nn.Linear) for part in decoder_layers(small).modules())
@@ -209,12 +215,12 @@ def test_what_this_build_cannot_do_is_said(model, monkeypatch):
         raise NotImplementedError("no kernel for cpu\nmore lines")
 
     monkeypatch.setattr(quantization, "quantize_", refuse)
-    with pytest.raises(baselines.NotSupported, match=r"^no kernel for cpu$"):
-        baselines.torchao_quantized(model, "int8_weight")
+    with pytest.raises(NotSupported, match=r"^no kernel for cpu$"):
+        torchao_quantized(model, "int8_weight")
 
 
 def test_a_cast_model_has_half_the_bytes(model):
-    half = baselines.cast(model, torch.bfloat16)
+    half = cast(model, torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert model.dtype == torch.float32
     assert copy.deepcopy(half).dtype == torch.bfloat16

@@ -188,7 +188,9 @@ class TestStore:
         if harm == "emptied":  # an empty file is an empty database
             found, computed = self.ask(llama, make_blocks(2, 12), path)
         else:
-            with pytest.warns(UserWarning, match=r"store.sqlite is damaged .*: moved to store.sqlite.damaged, computed anew"):
+            with pytest.warns(
+                UserWarning, match=r"store.sqlite is damaged .*: moved to store.sqlite.damaged, computed anew"
+            ):
                 found, computed = self.ask(llama, make_blocks(2, 12), path)
         assert computed == 3
         np.testing.assert_array_equal(found, expected)

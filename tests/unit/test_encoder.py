@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import encoder
 from paper_src.compaction import compact
-from paper_src.encoder import Settings
-from paper_src.recommend import metrics_of, ranks
+from paper_src.recommendation import encoders
+from paper_src.recommendation.encoders import Settings
+from paper_src.recommendation.ranking import metrics_of, ranks
 
 ITEMS = 12
 
@@ -24,22 +24,22 @@ class TestTrained:
         train = chains()
         validation = ([items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)]))
         torch.manual_seed(seed)
-        body = body or encoder.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        body = body or encoders.sasrec_body(16, 1, 2, 8, dropout=0.0)
         chosen = Settings(
             **({"length": 8, "learning_rate": 1e-2, "body_rate": 1e-2, "epochs": 12, "patience": 12} | settings),
             seed=seed,
         )
-        vectors = encoder.random_vectors(ITEMS, 16)
-        return encoder.train(body, vectors, train, validation, folder, chosen, progress)
+        vectors = encoders.random_vectors(ITEMS, 16)
+        return encoders.train(body, vectors, train, validation, folder, chosen, progress)
 
     def score(self, model):
         histories = [items[:5] for items in chains(seed=2)]
-        return metrics_of(ranks(encoder.trained(model, 8), histories, np.array([i[5] for i in chains(seed=2)])))
+        return metrics_of(ranks(encoders.trained(model, 8), histories, np.array([i[5] for i in chains(seed=2)])))
 
     def test_a_planted_order_is_learned(self, tmp_path):
         model, history = self.fit(tmp_path)
         assert self.score(model)["hr5"].mean() > 0.95
-        assert (metrics_of(ranks(encoder.trained(model, 8), [i[:5] for i in chains(seed=2)],
+        assert (metrics_of(ranks(encoders.trained(model, 8), [i[:5] for i in chains(seed=2)],
                                  np.array([i[5] for i in chains(seed=2)])))["mrr"] == 1).mean() > 0.9  # fmt: skip
         assert history[-1]["ndcg10"] > history[0]["ndcg10"]
 
@@ -50,9 +50,9 @@ class TestTrained:
 
     def test_without_layers_only_the_last_item_is_seen(self, tmp_path):
         config = build_model("llama").config
-        model, history = self.fit(tmp_path, body=encoder.NoLayers(config), residual=0.0)
+        model, history = self.fit(tmp_path, body=encoders.NoLayers(config), residual=0.0)
         assert history[-1]["ndcg10"] > 0.9  # the planted order asks for no more
-        score = encoder.trained(model, 8)
+        score = encoders.trained(model, 8)
         assert torch.equal(score([np.array([3, 4, 5])]), score([np.array([0, 5])]))
 
     def test_the_same_seed_gives_the_same_weights(self, tmp_path):
@@ -62,16 +62,16 @@ class TestTrained:
 
     def test_the_body_has_a_rate_of_its_own(self, tmp_path):
         torch.manual_seed(0)
-        body = encoder.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        body = encoders.sasrec_body(16, 1, 2, 8, dropout=0.0)
         before = {name: value.clone() for name, value in body.state_dict().items()}
         model, _ = self.fit(tmp_path, body=body, epochs=1, body_rate=0.0)
         assert all(torch.equal(value, before[name]) for name, value in model.body.state_dict().items())
-        assert not torch.equal(model.items.weight, encoder.random_vectors(ITEMS, 16))
+        assert not torch.equal(model.items.weight, encoders.random_vectors(ITEMS, 16))
 
     def test_the_best_epoch_is_kept(self, tmp_path):
         model, history = self.fit(tmp_path, epochs=4)
         validation = [items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)])
-        found = metrics_of(ranks(encoder.trained(model, 8), *validation))["ndcg10"].mean()
+        found = metrics_of(ranks(encoders.trained(model, 8), *validation))["ndcg10"].mean()
         assert found == pytest.approx(max(row["ndcg10"] for row in history), rel=1e-6)
 
     def test_a_killed_run_resumes_to_the_same_weights(self, tmp_path):
@@ -89,49 +89,49 @@ class TestTrained:
 
     def test_steps_that_make_it_worse_are_not_taken(self, tmp_path):
         torch.manual_seed(0)
-        body = encoder.sasrec_body(16, 1, 2, 8, dropout=0.0)
+        body = encoders.sasrec_body(16, 1, 2, 8, dropout=0.0)
         model, history = self.fit(tmp_path, body=body, epochs=2, learning_rate=3.0, body_rate=3.0)
         assert history[0]["ndcg10"] > max(row["ndcg10"] for row in history[1:])
-        assert torch.equal(model.items.weight, encoder.random_vectors(ITEMS, 16))
+        assert torch.equal(model.items.weight, encoders.random_vectors(ITEMS, 16))
 
     def test_a_run_that_has_ended_is_read_and_not_repeated(self, tmp_path, monkeypatch):
         model, history = self.fit(tmp_path, epochs=2)
         assert not list(tmp_path.glob("*/checkpoint-*"))
-        monkeypatch.setattr(encoder, "_Trainer", None)
+        monkeypatch.setattr(encoders, "_Trainer", None)
         same, again = self.fit(tmp_path, epochs=2)
         assert again == history
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
     def test_with_a_residual_it_starts_from_the_weighted_mean_of_the_history(self):
-        vectors = encoder.random_vectors(ITEMS, 16)
-        model = encoder.SequenceModel(encoder.sasrec_body(16, 1, 2, 8), vectors, residual=0.5)
+        vectors = encoders.random_vectors(ITEMS, 16)
+        model = encoders.SequenceModel(encoders.sasrec_body(16, 1, 2, 8), vectors, residual=0.5)
         histories = [np.array([3, 5]), np.array([1, 2, 4])]
         users = torch.stack([vectors[3] * 0.5 + vectors[5], vectors[1] * 0.25 + vectors[2] * 0.5 + vectors[4]])
         expected = torch.nn.functional.normalize(users, dim=-1) @ vectors.T / 0.02  # |x| = sqrt(16), over sqrt(16)
-        torch.testing.assert_close(encoder.trained(model, 8)(histories), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoders.trained(model, 8)(histories), expected, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("residual", [0.0, 0.8])
     def test_padding_changes_nothing(self, residual):
         torch.manual_seed(0)
-        body, vectors = encoder.sasrec_body(16, 1, 2, 8), encoder.random_vectors(ITEMS, 16)
-        model = encoder.SequenceModel(body, vectors, residual).eval()
+        body, vectors = encoders.sasrec_body(16, 1, 2, 8), encoders.random_vectors(ITEMS, 16)
+        model = encoders.SequenceModel(body, vectors, residual).eval()
         torch.nn.init.normal_(model.head.weight)
         short, long = np.array([1, 2]), np.array([3, 4, 5, 6, 7])
-        together = encoder.trained(model, 8)([short, long])
-        alone = torch.cat([encoder.trained(model, 8)([items]) for items in (short, long)])
+        together = encoders.trained(model, 8)([short, long])
+        alone = torch.cat([encoders.trained(model, 8)([items]) for items in (short, long)])
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
     def test_item_vectors_are_white_and_keep_neighbours(self):
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(200, 8, generator=generator) * torch.tensor([9.0, 5, 3, 2, 1, 0.5, 0.1, 0.01])
-        vectors = encoder.item_vectors(states, 4)
+        vectors = encoders.item_vectors(states, 4)
         torch.testing.assert_close(vectors.T @ vectors / 200, 0.02**2 * torch.eye(4), atol=1e-6, rtol=1e-3)
 
     def test_bad_input(self, tmp_path, refused):
         with refused("no training sequence has two items"):
-            encoder.train(encoder.sasrec_body(16, 1, 2, 8), encoder.random_vectors(4, 16), [np.array([1])],
+            encoders.train(encoders.sasrec_body(16, 1, 2, 8), encoders.random_vectors(4, 16), [np.array([1])],
                             ([np.array([1])], np.array([2])), tmp_path, Settings())  # fmt: skip
         with refused("ask for at most 3"):
-            encoder.item_vectors(torch.zeros(5, 3), 4)
+            encoders.item_vectors(torch.zeros(5, 3), 4)
         with refused("the loss is (nan|inf) at step"):
             self.fit(tmp_path, learning_rate=1e38, batch_size=4)

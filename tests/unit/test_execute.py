@@ -5,7 +5,8 @@ import nbformat
 import pytest
 import yaml
 
-from paper_src import InputError, execute, parameters
+from paper_src import InputError
+from paper_src.reporting import parameters, run
 
 
 @pytest.fixture
@@ -60,13 +61,13 @@ def test_unknown_profile_lists_the_known(project):
 
 def test_executed_notebook_appears_only_on_success(project):
     output = Path("results/notebooks/01_demo.ipynb")
-    execute.run(Path("notebooks/01_demo.ipynb"), {"count": 4}, output)
+    run.run(Path("notebooks/01_demo.ipynb"), {"count": 4}, output)
     assert [file.name for file in output.parent.iterdir()] == ["01_demo.ipynb"]
     printed = nbformat.read(output, as_version=4).cells[-1].outputs[0].text
     assert printed == "4\n"
     output.unlink()
     with pytest.raises(InputError, match=r"^01_demo failed. AssertionError: count is too large \(cells: .*failed"):
-        execute.run(Path("notebooks/01_demo.ipynb"), {"count": 5}, output)
+        run.run(Path("notebooks/01_demo.ipynb"), {"count": 5}, output)
     assert [file.name for file in output.parent.iterdir()] == ["01_demo.failed.ipynb"]
 
 
@@ -75,7 +76,7 @@ def test_publish_copies_tables_and_figures_and_nothing_else(project):
     for name in ("tables/t1.csv", "tables/.t1.csv-part", "figures/f1.svg", "models/m.bin", "SUMMARY.md"):
         (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).write_text(name)
-    execute.publish(results, project / "top")
+    run.publish(results, project / "top")
     found = sorted(str(file.relative_to("top")) for file in Path("top").rglob("*") if file.is_file())
     assert found == ["SUMMARY.md", "figures/f1.svg", "tables/t1.csv"]
     shutil.rmtree("top")
@@ -86,7 +87,7 @@ def test_of_a_larger_run_only_its_sections_are_published_and_beside_the_others(p
     for name in ("tables/t4_a.csv", "tables/t5_a.csv", "tables/06_b.json", "figures/f7_c.svg", "SUMMARY.md"):
         (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).write_text(name)
-    execute.publish_larger(results, project / "top")
+    run.publish_larger(results, project / "top")
     found = sorted(str(file.relative_to("top")) for file in Path("top").rglob("*") if file.is_file())
     assert found == ["figures/long/f7_c.svg", "tables/long/06_b.json", "tables/long/t5_a.csv"]
     shutil.rmtree("top")
@@ -105,7 +106,7 @@ def test_summary_tells_ran_kept_failed_and_missing(project):
     import os
 
     os.utime(results / "notebooks/02_old.ipynb", (new - 100, new - 100))
-    lines = execute.summary(results, new - 50).splitlines()
+    lines = run.summary(results, new - 50).splitlines()
     assert [line.split()[:2] for line in lines[:4]] == [
         ["01_demo", "ran"], ["02_old", "kept"], ["03_bad", "failed"], ["04_never", "not"],
     ]  # fmt: skip

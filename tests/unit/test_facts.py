@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from paper_src import facts
+from paper_src.reporting import facts
 
 
 def read_of(**tables):

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_src import interactions
-from paper_src.interactions import UNTITLED, k_core, leave_last_out, load, sequences_of
+from paper_src.recommendation import interactions
+from paper_src.recommendation.interactions import UNTITLED, k_core, leave_last_out, load, sequences_of
 
 RATINGS = [(user, item, 3 + (user + item) % 3, 100 * user + item) for user in range(1, 7) for item in range(1, 7)]
 TITLES = {item: f"Film {item} (19{90 + item})" for item in range(1, 7)} | {2: "Amélie (2001)", 3: "七人の侍 (1954)"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from paper_src import page
+from paper_src.reporting import page
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -52,7 +52,7 @@ def results(tmp_path):
             nbformat.v4.new_output("stream", name="stderr", text="progress 10%"),
             nbformat.v4.new_output("display_data", {"text/html": f"<table><tr>{'<td>wide</td>' * 60}</tr></table>"}),
         ]),
-        nbformat.v4.new_code_cell('paper.figure(figures.tradeoff(a, b, c), "f4_tradeoff")', id="figure", outputs=[
+        nbformat.v4.new_code_cell('paper.figure(fidelity_section.f4_tradeoff(a), "f4_tradeoff")', id="figure", outputs=[
             nbformat.v4.new_output("display_data", {"image/png": PIXEL}),
         ]),
         nbformat.v4.new_code_cell("paper.finish()", id="finish"),

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from paper_src import ranks
-from paper_src.ranks import Ranks
+from paper_src import processes
+from paper_src.processes import Ranks
 
 ROOT = Path(__file__).parents[2]
 MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"
@@ -20,10 +20,11 @@ SETTINGS = ["--text", str(TEXT), "--length", "32", "--dtype", "float32", "--devi
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 REFIT = """
 import sys, torch
-from paper_src import data, models, ranks, recovery
+from paper_src import data, models, recovery
+from paper_src.scale.launch import started
 loaded = models.load_model(sys.argv[1], "float32", "cpu")
 blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train")[0], 37, 32, 0)
-with ranks.started() as shared:
+with started() as shared:
     found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, ranks=shared)
     if shared.rank == 0:
         torch.save({"weights": found.model.state_dict(), "refits": [vars(row) for row in found.refits]}, sys.argv[3])
@@ -40,7 +41,7 @@ def run(command: list[str]) -> None:
 
 
 def measure(processes: int, table: Path, *more: str) -> pd.DataFrame:
-    run(launched(processes, "-m", "paper_src.measure", str(MODEL), str(table), *SETTINGS, *more))
+    run(launched(processes, "-m", "paper_src.scale.scores", str(MODEL), str(table), *SETTINGS, *more))
     return pd.read_csv(table)
 
 
@@ -56,9 +57,9 @@ def test_two_processes_refit_as_one(tmp_path):
     script = tmp_path / "refit.py"
     script.write_text(REFIT)
     found = []
-    for processes in (1, 2):
-        path = tmp_path / f"{processes}.pt"
-        run(launched(processes, str(script), str(MODEL), str(TEXT), str(path)))
+    for count in (1, 2):
+        path = tmp_path / f"{count}.pt"
+        run(launched(count, str(script), str(MODEL), str(TEXT), str(path)))
         found.append(torch.load(path))
     one, two = found
     for a, b in zip(one["refits"], two["refits"], strict=True):
@@ -70,11 +71,11 @@ def test_two_processes_refit_as_one(tmp_path):
 def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
     table = tmp_path / "scores.csv"
     much = ["--sequences", "700", "--batch-size", "1"]
-    command = launched(2, "-m", "paper_src.measure", str(MODEL), str(table), *SETTINGS, *much)
+    command = launched(2, "-m", "paper_src.scale.scores", str(MODEL), str(table), *SETTINGS, *much)
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert any("2 processes: scoring" in line for line in iter(process.stderr.readline, ""))
     workers = [child for child in psutil.Process(process.pid).children(recursive=True)
-               if "paper_src.measure" in child.cmdline()]  # fmt: skip
+               if "paper_src.scale.scores" in child.cmdline()]  # fmt: skip
     workers[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -86,7 +87,7 @@ def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
 def test_parts_are_dealt_out_and_woven_back():
     shares = [Ranks(rank, 3).mine(list(range(7))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
-    alone = ranks.ALONE
+    alone = processes.ALONE
     assert alone.woven(alone.mine([3, 1, 2])) == [3, 1, 2]
     assert alone.gathered("x") == ["x"]
     assert alone.summed(torch.ones(2)).tolist() == [1, 1]

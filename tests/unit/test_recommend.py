@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import recommend
-from paper_src.recommend import metrics_of, ranks
+from paper_src.recommendation import ranking
+from paper_src.recommendation.ranking import metrics_of, ranks
 
 
 def fixed(scores):
@@ -64,22 +64,22 @@ class TestMetrics:
         histories = [np.sort(generator.choice(40, 12, replace=False)) for _ in range(80)]
         targets = np.array([generator.choice(np.setdiff1d(np.arange(40), items)) for items in histories])
         model = CosineRecommender(K=40, num_threads=1)
-        matrix = recommend._matrix(histories, 40)
+        matrix = ranking._matrix(histories, 40)
         model.fit(matrix, show_progress=False)
-        test = recommend._matrix([np.array([target]) for target in targets], 40)
+        test = ranking._matrix([np.array([target]) for target in targets], 40)
         expected = ranking_metrics_at_k(model, matrix, test, K=10, show_progress=False, num_threads=1)["ndcg"]
-        ours = metrics_of(ranks(recommend.item_knn(histories, 40, neighbours=40), histories, targets))["ndcg10"].mean()
+        ours = metrics_of(ranks(ranking.item_knn(histories, 40, neighbours=40), histories, targets))["ndcg10"].mean()
         assert ours == pytest.approx(expected, rel=1e-6)
 
 
 class TestWithoutTraining:
     def test_most_popular_by_hand(self):
-        scorer = recommend.most_popular([np.array([0, 1]), np.array([1, 2]), np.array([1])], 4)
+        scorer = ranking.most_popular([np.array([0, 1]), np.array([1, 2]), np.array([1])], 4)
         assert scorer([np.array([0])] * 2).tolist() == [[1, 3, 1, 0]] * 2
 
     def test_item_knn_finds_what_goes_together(self):
         train = [np.array([0, 1])] * 5 + [np.array([2, 3])] * 5 + [np.array([0, 3])]
-        scores = recommend.item_knn(train, 4)([np.array([0]), np.array([2])])
+        scores = ranking.item_knn(train, 4)([np.array([0]), np.array([2])])
         assert scores[0, 1] > scores[0, 3] > scores[0, 2]
         assert scores[1, 3] > scores[1, 1]
 
@@ -87,8 +87,8 @@ class TestWithoutTraining:
     def test_text_states_do_not_see_padding_or_order(self, tokenizer, family):
         model = build_model(family, vocab_size=300)
         texts = ["a", "longer text", "mid", "ünïcode 七人"]
-        together = recommend.text_states(model, tokenizer, texts, batch_size=4)
-        alone = torch.cat([recommend.text_states(model, tokenizer, [text]) for text in texts])
+        together = ranking.text_states(model, tokenizer, texts, batch_size=4)
+        alone = torch.cat([ranking.text_states(model, tokenizer, [text]) for text in texts])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
     def test_text_states_by_hand(self, tokenizer):
@@ -97,22 +97,22 @@ class TestWithoutTraining:
         assert ids.shape == (1, 4)  # <s> goes before, as the tokenizer has it, and does not count
         with torch.no_grad():
             expected = model.model(ids).last_hidden_state[:, 1:].mean(1)
-        torch.testing.assert_close(recommend.text_states(model, tokenizer, ["abcdefg"], length=3), expected)
+        torch.testing.assert_close(ranking.text_states(model, tokenizer, ["abcdefg"], length=3), expected)
 
     def test_an_empty_text_is_refused(self, tokenizer, refused):
         with refused("item 1 has an empty text"):
-            recommend.text_states(build_model("llama", vocab_size=300), tokenizer, ["a", ""])
+            ranking.text_states(build_model("llama", vocab_size=300), tokenizer, ["a", ""])
 
     def test_frozen_users_lean_to_their_last_items(self):
         states = torch.eye(6)
-        scores = recommend.frozen(states, decay=0.5)([np.array([0, 1, 2])])
+        scores = ranking.frozen(states, decay=0.5)([np.array([0, 1, 2])])
         assert scores[0, 2] > scores[0, 1] > scores[0, 0] > scores[0, 3]
 
 
 def test_samples_are_different_users_and_repeat_with_their_seed():
-    split = recommend.Split([np.array([0])] * 50, np.zeros(50), np.zeros(50))
-    first, second, other = (recommend.sample(split, 20, seed) for seed in (0, 0, 1))
+    split = ranking.Split([np.array([0])] * 50, np.zeros(50), np.zeros(50))
+    first, second, other = (ranking.sample(split, 20, seed) for seed in (0, 0, 1))
     assert len(set(first)) == 20
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
-    assert len(recommend.sample(split, 99, 0)) == 50
+    assert len(ranking.sample(split, 99, 0)) == 50

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import InputError, recovery, repairs
+from paper_src import InputError, recovery
 from paper_src.compaction import compact
+from paper_src.sections import recovery as recovery_section
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def texts(tmp_path):
 @pytest.fixture
 def judge(texts, tokenizer):
     model = build_model("llama", vocab_size=300)
-    return model, repairs.Judge(model, tokenizer, texts, "valid", (3, 16), torch.zeros(32), seed=0)
+    return model, recovery_section.Judge(model, tokenizer, texts, "valid", (3, 16), torch.zeros(32), seed=0)
 
 
 def test_the_full_model_has_ratio_one_on_every_kind_of_text(judge):
@@ -40,9 +41,9 @@ def test_the_full_model_has_ratio_one_on_every_kind_of_text(judge):
 def test_looks_and_the_constant_answer_are_set_beside_the_full_model(judge):
     model, judge = judge
     nll = judge.row(model)["nll_nats"]
-    looks = repairs.curve([[{"k": 2, "nll_nats": nll}], [{"k": 2, "nll_nats": nll + math.log(3)}]], judge)
+    looks = recovery_section.t5_curve([[{"k": 2, "nll_nats": nll}], [{"k": 2, "nll_nats": nll + math.log(3)}]], judge)
     assert looks["ppl_ratio"].tolist() == pytest.approx([1, 3])
-    framed = repairs.framed([], model, judge)
+    framed = recovery_section.t5_recovery([], model, judge)
     assert framed["ppl_ratio"].iloc[0] == pytest.approx(1)
     assert framed["ppl_ratio"].iloc[1] == pytest.approx(math.exp(framed["nll_nats"].iloc[1] - nll))
 
@@ -57,13 +58,13 @@ def test_the_mean_over_kinds_of_text_is_geometric(judge):
 
 
 def test_each_number_of_layers_has_its_distillation():
-    assert repairs.plan([0.75, 3], 12, [20, 30], [1e-4, 2e-4]) == {9: (20, 1e-4), 3: (30, 2e-4)}
-    assert repairs.plan([0.5, 0.4], 5, [20, 30], [1e-4, 2e-4]) == {2: (20, 1e-4)}  # 2.5 rounds to 2, as 2 does
+    assert recovery_section.plan([0.75, 3], 12, [20, 30], [1e-4, 2e-4]) == {9: (20, 1e-4), 3: (30, 2e-4)}
+    assert recovery_section.plan([0.5, 0.4], 5, [20, 30], [1e-4, 2e-4]) == {2: (20, 1e-4)}  # 2.5 rounds to 2, as 2 does
 
 
 def test_a_distillation_without_its_rate_is_an_error():
     with pytest.raises(InputError, match="keep, distil_blocks and learning_rates hold 2, 2 and 1 values"):
-        repairs.plan([0.75, 3], 12, [20, 30], [1e-4])
+        recovery_section.plan([0.75, 3], 12, [20, 30], [1e-4])
 
 
 def test_candidates_are_the_best_different_selections_of_each_k(refused):
@@ -71,16 +72,16 @@ def test_candidates_are_the_best_different_selections_of_each_k(refused):
         "k": [2, 2, 2, 2, 4], "strategy": ["a", "b", "random", "c", "d"], "score": [None] * 5,
         "kept": ["0 1", "0 1", "", "0 2", "0 1 2 3"], "nll_nats": [1.0, 1.0, 0.5, 3.0, 0.2],
     })  # fmt: skip
-    found = repairs.candidates(table, [2], 2)
+    found = recovery_section.candidates(table, [2], 2)
     assert found[["strategy", "kept"]].to_numpy().tolist() == [["a", "0 1"], ["c", "0 2"]]
     with refused("k = 3 was not judged .* search_keep"):
-        repairs.candidates(table, [2, 3], 2)
+        recovery_section.candidates(table, [2, 3], 2)
 
 
 def test_the_control_judges_only_its_own_k():
     table = pd.DataFrame({"k": [4, 2], "ppl_ratio_refitted": [2.0, 5.0], "chosen": [True, True]})
     control = pd.DataFrame({"k": [2, 2, 2], "ppl_ratio_refitted": [4.0, 6.0, 9.0]})
-    found = repairs.with_control(table, control)
+    found = recovery_section.with_control(table, control)
     assert found["p_refitted"].isna().tolist() == [True, False, True, True, True]
     assert found.loc[1, "p_refitted"] == (1 + 1) / (1 + 3)
     assert found["chosen"].tolist() == [True, True, False, False, False]
@@ -91,14 +92,16 @@ def test_the_recommended_model_has_the_fewest_layers_that_reach_the_target(targe
     curve = pd.DataFrame({
         "k": [22, 22, 15, 8, 8], "kl_nats": [0.2, 0.1, 0.3, 0.9, 0.5], "cosine": [0.9, 0.98, 0.95, 0.99, 0.85],
     })  # fmt: skip
-    assert repairs.recommended(curve, target)["k"] == k  # the look of lowest KL counts, not that of highest cosine
+    assert (
+        recovery_section.recommended(curve, target)["k"] == k
+    )  # the look of lowest KL counts, not that of highest cosine
 
 
 def test_a_refit_is_judged_beside_the_cut_and_the_best_is_chosen(judge):
     model, judge = judge
     table = pd.DataFrame({"k": [2, 2], "strategy": ["a", "b"], "score": [None, None], "kept": ["0 3", "1 2"]})
     blocks = torch.randint(3, 200, (64, 16), generator=torch.Generator().manual_seed(0))
-    found = repairs.after_refit(model, table, blocks, judge)
+    found = recovery_section.after_refit(model, table, blocks, judge)
     assert found["ppl_ratio_cut"].tolist() == [judge.ppl_ratio(compact(model, kept)) for kept in ((0, 3), (1, 2))]
     assert found["chosen"].sum() == 1
     assert found.loc[found["chosen"], "ppl_ratio_refitted"].item() == found["ppl_ratio_refitted"].min()
@@ -106,7 +109,9 @@ def test_a_refit_is_judged_beside_the_cut_and_the_best_is_chosen(judge):
 
 def test_a_mix_that_makes_a_kind_of_text_worse_is_not_chosen(judge, texts, tokenizer):
     model, judge = judge
-    found = repairs.mixes(model, tokenizer, (0, 3), {"plain": texts[:1], "both": texts}, (32, 16), judge, seed=0)
+    found = recovery_section.t5_mix(
+        model, tokenizer, (0, 3), {"plain": texts[:1], "both": texts}, (32, 16), judge, seed=0
+    )
     columns = ["ppl_ratio_plain", "ppl_ratio_other"]
     cut = found.loc[0, columns]
     for row in found.iloc[1:].to_dict("records"):
@@ -117,18 +122,18 @@ def test_a_mix_that_makes_a_kind_of_text_worse_is_not_chosen(judge, texts, token
 def test_a_family_without_a_closed_form_is_cut_only(judge, make_blocks, capsys):
     model, blocks = build_model("gemma2", vocab_size=300), make_blocks(64, 16)
     with pytest.warns(UserWarning, match="not refitted: layer 0 does not add its MLP's output"):
-        found = repairs.refit(model, (0, 3), blocks)
+        found = recovery_section.refit(model, (0, 3), blocks)
     cut = compact(model, (0, 3))
     assert found.tokens == 0
     assert torch.equal(found.model(blocks).logits, cut(blocks).logits)
-    table = repairs.refits(model, (0, 3), blocks, judge[1], [("down_proj", "gaps"), ("linear", "gaps")])
+    table = recovery_section.t5_forms(model, (0, 3), blocks, judge[1], [("down_proj", "gaps"), ("linear", "gaps")])
     assert table[["form", "chosen"]].values.tolist() == [["none", True], ["linear", False]]
     assert "down_proj: layer 0 does not add" in capsys.readouterr().out
-    assert repairs.refit(model, (0, 3), blocks, ("none", "")).tokens == 0
+    assert recovery_section.refit(model, (0, 3), blocks, ("none", "")).tokens == 0
 
 
 def test_a_refit_is_the_closed_form(judge, make_blocks):
     model, blocks = judge[0], make_blocks(16, 8)
-    found, expected = repairs.refit(model, (0, 3), blocks), recovery.closed_form(model, (0, 3), blocks)
+    found, expected = recovery_section.refit(model, (0, 3), blocks), recovery.closed_form(model, (0, 3), blocks)
     assert found.tokens == expected.tokens == blocks.numel()
     assert torch.equal(found.model(blocks).logits, expected.model(blocks).logits)

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_src import InputError, files, report
+from paper_src import InputError, files, selection
+from paper_src.reporting.section import Section
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def notebook(tmp_path, monkeypatch):
 
 @pytest.fixture
 def section(notebook):
-    return report.Section("01_demo", "out", {"count": 3, "rate": 1, "other": "x"})
+    return Section("01_demo", "out", {"count": 3, "rate": 1, "other": "x"})
 
 
 def test_section_records_the_declared_parameters_only(section):
@@ -32,7 +33,7 @@ def test_section_records_the_declared_parameters_only(section):
 @pytest.mark.parametrize(("name", "value"), [("count", "3"), ("count", 3.5), ("count", True), ("rate", "fast")])
 def test_parameter_of_another_type_is_refused(notebook, name, value):
     with pytest.raises(InputError, match=f"parameter {name} = "):
-        report.Section("01_demo", "out", {"count": 3, "rate": 0.5, name: value})
+        Section("01_demo", "out", {"count": 3, "rate": 0.5, name: value})
 
 
 def test_table_reads_back_at_full_precision(section):
@@ -53,7 +54,7 @@ def test_a_larger_run_is_read_only_if_it_was_on_the_same_model(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "notebooks")
     (tmp_path / "notebooks/05_recovery.ipynb").write_text("{}")
     nbformat.write(nbformat.v4.new_notebook(), "01_demo.ipynb")
-    section = report.Section("01_demo", "../results/p", {})
+    section = Section("01_demo", "../results/p", {})
     with pytest.raises(InputError, match="no larger run of long/t5_recovery on this model"):
         section.read("long/t5_recovery")
     for folder, digest in (("results/p/tables", "a"), ("tables/long", "a")):
@@ -90,7 +91,7 @@ def test_provenance_names_versions_and_parameters(section):
 
 def test_what_a_killed_run_needs_stays_until_the_record_is_written(section):
     section.unfinished.mkdir(parents=True)
-    assert report.Section("01_demo", "out", {"count": 3, "rate": 0.5}).unfinished.is_dir()
+    assert Section("01_demo", "out", {"count": 3, "rate": 0.5}).unfinished.is_dir()
     section.finish()
     assert not section.unfinished.exists()
 
@@ -116,17 +117,17 @@ def test_full_disk_is_one_line(tmp_path):
 def test_folder_that_cannot_be_written_is_refused_at_the_start(notebook):
     (notebook / "out").write_text("a file where the folder should be")
     with pytest.raises(InputError, match="cannot write to out"):
-        report.Section("01_demo", "out", {"count": 3, "rate": 0.5})
+        Section("01_demo", "out", {"count": 3, "rate": 0.5})
 
 
 def test_what_a_killed_run_left_of_its_own_is_cleared(section):
     mine, other = section.root / "tables/.t1_demo.csv-x.csv", section.root / "tables/.t2_demo.csv-x.csv"
     mine.touch()
     other.touch()
-    report.Section("01_demo", "out", {"count": 3, "rate": 0.5})
+    Section("01_demo", "out", {"count": 3, "rate": 0.5})
     assert (mine.exists(), other.exists()) == (False, True)
 
 
 def test_kept_text_round_trip():
-    assert report.kept_tuple(report.kept_text((0, 3, 12))) == (0, 3, 12)
-    assert report.kept_tuple(7) == (7,)  # pandas reads a column of single layers as integers
+    assert selection.kept_tuple(selection.kept_text((0, 3, 12))) == (0, 3, 12)
+    assert selection.kept_tuple(7) == (7,)  # pandas reads a column of single layers as integers

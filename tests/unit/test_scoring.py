@@ -10,14 +10,7 @@ from torch.nn import functional
 
 from paper_src import scoring
 from paper_src.models import decoder_layers, load_model, offloaded
-from paper_src.scoring import (
-    SINK_RATIO,
-    LayerScores,
-    _squared_norms,
-    combined_score,
-    score_layers,
-    weight_taylor,
-)
+from paper_src.scoring import SINK_RATIO, LayerScores, _squared_norms, combined_score, score_layers, weight_taylor
 
 
 def gradients_by_backward(model, blocks):

@@ -25,7 +25,7 @@ def test_a_section_depends_on_the_files_of_a_local_model(tmp_path):
     assert f"{folder}/config.json, {folder}/model.safetensors" in said
     assert f"{folder}/model.safetensors" in planned(tmp_path, folder / "model.safetensors")
     inputs = planned(tmp_path, "owner/name").split("input: ")[1].splitlines()[0]
-    assert inputs.endswith("paper_src/figures.py")
+    assert inputs.endswith("paper_src/timing.py")
 
 
 def test_a_notebook_has_all_cores(tmp_path):

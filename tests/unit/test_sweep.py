@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from paper_src import models, sweep
+from paper_src import models
+from paper_src.scale import sweep
 
 ROOT = Path(__file__).parents[2]
 MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"

@@ -5,8 +5,10 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import compaction, encoder, recommend, trials
-from paper_src.interactions import Interactions
+from paper_src import compaction
+from paper_src.recommendation import encoders, ranking
+from paper_src.recommendation.interactions import Interactions
+from paper_src.sections import recommendation as recommendation_section
 
 
 def data(users=40, items=15, last=None):
@@ -19,7 +21,7 @@ def data(users=40, items=15, last=None):
 
 
 def bench(**settings):
-    return trials.Bench(data(**settings), learners=20, judged=16, seed=0)
+    return recommendation_section.Bench(data(**settings), learners=20, judged=16, seed=0)
 
 
 def test_samples_are_of_users_never_of_items():
@@ -36,12 +38,12 @@ def test_what_is_learned_from_does_not_depend_on_test_items():
     for a, b in zip(one.validation[0], other.validation[0], strict=True):
         assert np.array_equal(a, b)
     assert np.array_equal(one.validation[1], other.validation[1])
-    states = [recommend.most_popular(each.split.train, 15)([np.array([0])]) for each in (one, other)]
+    states = [ranking.most_popular(each.split.train, 15)([np.array([0])]) for each in (one, other)]
     assert torch.equal(*states)
 
 
 def test_shares_pair_the_same_users():
-    held = trials.Contest(bench(), report=lambda line: None)
+    held = recommendation_section.Contest(bench(), report=lambda line: None)
     full = np.random.default_rng(0).uniform(0.1, 1, 16)
     held.users = {("trained", "full"): full, ("trained", "compact"): full / 2, ("frozen", "compact"): full}
     held.users["no_layers", "compact"] = full / 4
@@ -57,7 +59,7 @@ def test_shares_pair_the_same_users():
 def test_variants_are_the_kept_the_repaired_and_the_first_layers(tmp_path, llama):
     repaired = compaction.compact(llama, (0, 3))
     repaired.save_pretrained(tmp_path)
-    found = trials.variants(llama, (0, 3), tmp_path)
+    found = recommendation_section.variants(llama, (0, 3), tmp_path)
     assert list(found) == ["full", "compact", "recovered", "first_layers"]
 
     def writers(model):
@@ -69,15 +71,18 @@ def test_variants_are_the_kept_the_repaired_and_the_first_layers(tmp_path, llama
 
 def test_a_missing_checkpoint_says_what_makes_it(tmp_path, llama, refused):
     with refused("recovered_2 is missing: run ./reproduce.sh --only 05_recovery"):
-        trials.variants(llama, (0, 3), tmp_path / "recovered_2")
+        recommendation_section.variants(llama, (0, 3), tmp_path / "recovered_2")
 
 
 def test_a_contest_leaves_the_models_alone_and_fills_every_row(tmp_path, tokenizer):
     full = build_model("llama", vocab_size=300)
     before = {name: value.clone() for name, value in full.state_dict().items()}
     models = {"full": full, "compact": compaction.compact(full, (0, 3))}
-    settings = encoder.Settings(length=6, batch_size=4, epochs=1)
-    table, again = (trials.contest(bench(), models, tokenizer, settings, 8, tmp_path / "trial", rounds=2) for _ in "ab")
+    settings = encoders.Settings(length=6, batch_size=4, epochs=1)
+    table, again = (
+        recommendation_section.contest(bench(), models, tokenizer, settings, 8, tmp_path / "trial", rounds=2)
+        for _ in "ab"
+    )
     assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
     assert sorted(folder.name for folder in (tmp_path / "trial").iterdir()) == [
         "ring-no_layers-compact", "ring-no_layers-compact-all_users", "ring-no_layers-full",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_model
 
-from paper_src import zeroshot
+from paper_src.baselines import zero_shot
 
 STORIES = ["the cat sat on the mat", "a dog ran to the door", "one two three four", "red green blue", "up and down"]
 GOALS = [
@@ -40,7 +40,7 @@ def test_multiple_choice_is_the_highest_log_likelihood_a_byte(model, tokenizer):
         scores = [log_likelihood(model, tokenizer, context, f" {row[key]}")[0] / len(row[key])
                   for key in ("sol1", "sol2")]  # fmt: skip
         right.append(scores.index(max(scores)) == row["label"])
-    found = zeroshot.zero_shot(model, tokenizer, [zeroshot.Items("piqa", GOALS, "")])
+    found = zero_shot.zero_shot(model, tokenizer, [zero_shot.Items("piqa", GOALS, "")])
     share = sum(right) / 5
     assert found["piqa_acc_norm"] == pytest.approx(share)
     half = 1.96 * (share * (1 - share) / 5 + 1.96**2 / 100) ** 0.5  # Wilson's interval, by hand
@@ -63,7 +63,7 @@ def test_lambada_asks_for_the_last_word(model, tokenizer):
     hits = [log_likelihood(model, tokenizer, *_split(story))[1] for story in STORIES]
     assert hits[0]
     rows = [{"text": story} for story in STORIES]
-    found = zeroshot.zero_shot(model, tokenizer, [zeroshot.Items("lambada_openai", rows, "")])
+    found = zero_shot.zero_shot(model, tokenizer, [zero_shot.Items("lambada_openai", rows, "")])
     assert found["lambada_openai_acc"] == pytest.approx(sum(hits) / 5)
 
 
@@ -74,35 +74,35 @@ def _split(story):
 
 def test_items_are_read_from_a_folder(tmp_path, refused):
     (tmp_path / "piqa.jsonl").write_text("\n".join(json.dumps(row) for row in GOALS))
-    items = zeroshot.load("piqa", str(tmp_path))
+    items = zero_shot.load("piqa", str(tmp_path))
     assert items.rows == GOALS
     assert len(items.digest) == 64
     with refused("hellaswag.jsonl is missing"):
-        zeroshot.load("hellaswag", str(tmp_path))
+        zero_shot.load("hellaswag", str(tmp_path))
     with refused("task 'winogrande': use one of"):
-        zeroshot.load("winogrande", str(tmp_path))
+        zero_shot.load("winogrande", str(tmp_path))
     (tmp_path / "piqa.jsonl").write_text('{"goal": ')
     with refused("piqa.jsonl cannot be read"):
-        zeroshot.load("piqa", str(tmp_path))
+        zero_shot.load("piqa", str(tmp_path))
 
 
 def test_requests_of_lambada_become_whole_stories(tmp_path, monkeypatch):
     path = tmp_path / "requests.jsonl.gz"
     with gzip.open(path, "wt") as file:
         file.write(json.dumps({"request": {"context": "the cat sat on the", "continuation": " mat"}}) + "\n")
-    monkeypatch.setattr(zeroshot, "fetch", lambda asset, *others: path)
-    assert zeroshot.load("lambada_openai").rows == [{"text": "the cat sat on the mat"}]
+    monkeypatch.setattr(zero_shot, "fetch", lambda asset, *others: path)
+    assert zero_shot.load("lambada_openai").rows == [{"text": "the cat sat on the mat"}]
 
 
 def test_a_sample_is_without_repetition_and_the_same_for_a_seed():
-    items = zeroshot.Items("piqa", [{"n": n} for n in range(20)], "")
-    picked = [row["n"] for row in zeroshot.sample(items, 6, 0).rows]
+    items = zero_shot.Items("piqa", [{"n": n} for n in range(20)], "")
+    picked = [row["n"] for row in zero_shot.sample(items, 6, 0).rows]
     assert len(set(picked)) == 6
-    assert picked == [row["n"] for row in zeroshot.sample(items, 6, 0).rows]
-    assert picked != [row["n"] for row in zeroshot.sample(items, 6, 1).rows]
-    assert len(zeroshot.sample(items, 99, 0).rows) == 20
+    assert picked == [row["n"] for row in zero_shot.sample(items, 6, 0).rows]
+    assert picked != [row["n"] for row in zero_shot.sample(items, 6, 1).rows]
+    assert len(zero_shot.sample(items, 99, 0).rows) == 20
 
 
 def test_columns_name_the_metric():
-    assert zeroshot.column("hellaswag") == "hellaswag_acc_norm"
-    assert zeroshot.column("lambada_openai") == "lambada_openai_acc"
+    assert zero_shot.column("hellaswag") == "hellaswag_acc_norm"
+    assert zero_shot.column("lambada_openai") == "lambada_openai_acc"

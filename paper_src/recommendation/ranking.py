@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError
 from paper_src.data import beginning
-from paper_src.interactions import Split
 from paper_src.models import last_hidden
+from paper_src.recommendation.interactions import Split
 
 METRICS = ("hr5", "hr10", "ndcg5", "ndcg10", "mrr")
 Scorer = Callable[[Sequence[np.ndarray]], Tensor]  # histories of U users -> scores (U, I)

@@ -4,6 +4,7 @@ python -m paper_src.page results/laptop report/index.html
 """
 
 import html
+import importlib
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
 
-from paper_src import InputError, figures
+from paper_src import InputError
 from paper_src.files import replacing
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -85,8 +86,9 @@ def _shown(cell: NotebookNode, provenance: Mapping, captions: list[str]) -> list
 def _caption(source: str, kind: str, name: str, provenance: Mapping) -> tuple[str, str]:
     """What a table or figure shows, of which model, with which seed; and a link to its data and notebook."""
     what = ""
-    if kind == "figure" and (drawn := re.search(r"figures\.(\w+)\(", source)):
-        what = getattr(figures, drawn.group(1)).__doc__.strip().splitlines()[0] + " "
+    if kind == "figure" and (drawn := re.search(r"(\w+)_section\.(f\d_\w+)\(", source)):
+        section = importlib.import_module(f"paper_src.sections.{drawn.group(1)}")
+        what = getattr(section, drawn.group(2)).__doc__.strip().splitlines()[0] + " "
     model = provenance["model"]
     by = f"{model['name']}, {model['dtype'].removeprefix('torch.')}; " if model else ""
     seed = provenance["parameters"].get("seed")

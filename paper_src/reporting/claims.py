@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from paper_src import facts, reported
-from paper_src.claims_zh import WORDS, Words
-from paper_src.facts import Read, Values
+from paper_src.reporting import facts, reported
+from paper_src.reporting.claims_zh import WORDS, Words
+from paper_src.reporting.facts import Read, Values
 
 
 @dataclass(frozen=True)

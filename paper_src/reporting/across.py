@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import hypergeom
 
-from paper_src import InputError, facts
+from paper_src import InputError
 from paper_src.files import replacing
+from paper_src.reporting import facts
 
 PATTERNS = {"fisher": "fisher", "combined": "overlap", "leave_one_out": "leave_one_out", "shapley": "shapley"}
 

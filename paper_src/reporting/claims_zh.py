@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from paper_src import reported as earlier
+from paper_src.reporting import reported
 
 
 @dataclass(frozen=True)
@@ -49,36 +49,36 @@ WORDS = {
         "按两种得分都达到该模式的 80%",
     ),
     "recommended-layers": Words(
-        "分布式选择推荐 32 层中的第 " + "、".join(map(str, earlier.RECOMMENDED)) + " 层。",
+        "分布式选择推荐 32 层中的第 " + "、".join(map(str, reported.RECOMMENDED)) + " 层。",
         "按相对深度换算后，Fisher 信息选中的 {of} 层中有 {fisher} 层在其中，我们的综合得分选中的层中有 {combined} 层（随机期望 {chance:.1f} 层）。",
         "两种得分都选中其中 75% 的层",
     ),
     "speed-of-recommended": Words(
-        f"保留 32 层中的 8 层（层压缩比 {earlier.LAYER_COMPRESSION:.2f}）时，速度为完整模型的 {earlier.SPEEDUP:.2f} 倍。",
+        f"保留 32 层中的 8 层（层压缩比 {reported.LAYER_COMPRESSION:.2f}）时，速度为完整模型的 {reported.SPEEDUP:.2f} 倍。",
         "k = {k}：隐藏状态预填充的速度为 {speedup:.2f} 倍 [{speedup_lo:.2f}, {speedup_hi:.2f}]，"
         "为理想值 {ideal:.2f} 的 {share_of_ideal:.0%}。",
         "区间达到所报告的加速比",
     ),
     "speed-range": Words(
-        f"在所有配置下加速比为 {earlier.SPEEDUP_RANGE[0]}-{earlier.SPEEDUP_RANGE[1]}，"
-        f"层压缩比为 {earlier.COMPRESSION_RANGE[0]}-{earlier.COMPRESSION_RANGE[1]}。",
+        f"在所有配置下加速比为 {reported.SPEEDUP_RANGE[0]}-{reported.SPEEDUP_RANGE[1]}，"
+        f"层压缩比为 {reported.COMPRESSION_RANGE[0]}-{reported.COMPRESSION_RANGE[1]}。",
         "k = {k}（层数除以 {compression}）：隐藏状态预填充 {hidden_low:.2f}-{hidden_high:.2f}；未裁剪的输出头占一份时（带 logits 的预填充、解码）"
         "{head_low:.2f}-{head_high:.2f}。",
         "在这些压缩比下没有一项慢于所报告的范围",
     ),
     "parameters": Words(
-        f"保留 32 层中的 8 层使参数量除以 {earlier.PARAMETER_COMPRESSION:.2f}。",
+        f"保留 32 层中的 8 层使参数量除以 {reported.PARAMETER_COMPRESSION:.2f}。",
         "k = {k}：参数量除以 {parameter_compression:.2f}，层数除以 {layer_compression:.2f}；词嵌入和输出头不被裁剪。",
         "至少为所报告的倍数",
     ),
     "cosine-means-something": Words(
-        f"紧凑模型与完整模型的余弦相似度为 {earlier.COSINE_RANGE[0]}-{earlier.COSINE_RANGE[1]}，被解读为保留了部分语义。",
+        f"紧凑模型与完整模型的余弦相似度为 {reported.COSINE_RANGE[0]}-{reported.COSINE_RANGE[1]}，被解读为保留了部分语义。",
         "k = {k}：推荐的一类为 {own:.2f}（各梯度得分为 {low:.2f}-{high:.2f}），但一个常数向量就达到 {trivial:.2f}；"
         "去中心余弦 {own_centred:.2f}，困惑度为完整模型的 {own_ppl:times} 倍（常数：{trivial_ppl:times} 倍）。",
         "高于常数向量的余弦",
     ),
     "cosine-target": Words(
-        f"目标是余弦相似度高于 {earlier.COSINE_TARGET}。",
+        f"目标是余弦相似度高于 {reported.COSINE_TARGET}。",
         "k = {k}，不训练：所有选择中最好的达到 {best:.2f}（去中心 {best_centred:.2f}，困惑度为完整模型的 {best_ppl:times} 倍）。",
         "任何一种选择高于目标",
     ),
@@ -113,14 +113,14 @@ WORDS = {
         "困惑度不高于验证文本所选的结果",
     ),
     "cosine-after-recovery": Words(
-        f"悬而未决：微调保留的层能使余弦高于 {earlier.COSINE_TARGET} 吗？",
+        f"悬而未决：微调保留的层能使余弦高于 {reported.COSINE_TARGET} 吗？",
         "k = {k}，闭式修复 {refit:,} 个 token，蒸馏 {distil:,} 个（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}，常数 {trivial:.2f}），"
         "首选 token 相同的比例 {agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍（修复前 {cut:times}），各类文本平均 {mean:.2f} 倍；"
         "k = {large_k}：余弦 {large_cosine:.2f}，{large_ppl:.2f} 倍。",
         "最小的模型在测试文本上达到目标",
     ),
     "cosine-after-longer-recovery": Words(
-        f"悬而未决：微调能使余弦高于 {earlier.COSINE_TARGET} 吗？预算更大时。",
+        f"悬而未决：微调能使余弦高于 {reported.COSINE_TARGET} 吗？预算更大时。",
         "k = {k}，闭式修复 {refit:,} 个 token，蒸馏 {distil:,} 个（各轮都计）：余弦 {cosine:.2f}（去中心 {centred:.2f}），首选 token 相同的比例 "
         "{agreement:.0%}，困惑度为完整模型的 {ppl:.2f} 倍，各类文本平均 {mean:.2f} 倍。",
         "最小的模型在测试文本上达到目标",

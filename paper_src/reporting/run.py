@@ -23,7 +23,7 @@ from traitlets.config import Config
 
 from paper_src import InputError
 from paper_src.files import replacing
-from paper_src.parameters import check_profile, parameters_for
+from paper_src.reporting.parameters import check_profile, parameters_for
 
 # over files and not over TCP ports, which kernels that start together take from one another
 LOCAL = Config(KernelManager={"transport": "ipc"})

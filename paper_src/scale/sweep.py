@@ -14,7 +14,7 @@ from paper_src import InputError, data, fidelity, models, selection
 from paper_src.compaction import compact
 from paper_src.files import replacing
 from paper_src.models import Loaded
-from paper_src.report import kept_text
+from paper_src.selection import kept_text
 
 STRATEGIES = ("top_k", "distributed", "random")
 METRICS = ("cosine", "kl_nats", "top1_agreement", "nll_nats")

@@ -1,20 +1,75 @@
-"""Rows of the recovery section's tables: what a repair brings, on which text, and what it costs."""
+"""The paper's figures, each drawn from tables alone."""
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError, NotSupported, data, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
 from paper_src.models import layer_counts
-from paper_src.report import kept_text, kept_tuple, progress_bar
+from paper_src.reporting.progress import progress_bar
+from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
+from paper_src.selection import kept_text, kept_tuple
+
+RECOVERIES = {"none": (GREY, "cut only"), "closed_form": (BLUE, "closed form"), "distilled": (GREEN, "distilled")}
+
+
+def f5_recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
+    """Cosine and perplexity of each stage of repair, and both over the distillation's tokens and seconds.
+
+    Args:
+        table: t5_recovery, on test text.
+        curve: t5_curve, on validation text.
+        target: cosine that was asked for.
+    """
+    rows = table[table["selection"] == "selected"]
+    keep = sorted(set(rows["k"]), reverse=True)
+    trivial = table[table["selection"] == "trivial"].iloc[0]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(10, 5.6))
+        for line, (metric, title) in zip(
+            axes, (("cosine", "cosine to the full model"), ("ppl_ratio", "perplexity / full model's")), strict=True
+        ):
+            for place, (stage, (colour, label)) in enumerate(RECOVERIES.items()):
+                part = rows[rows["recovery"] == stage].set_index("k").loc[keep]
+                x = np.arange(len(keep)) + 0.18 * (place - 1)
+                spread = [part[metric] - part[f"{metric}_lo"], part[f"{metric}_hi"] - part[metric]]
+                line[0].errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
+            line[0].axhline(trivial[metric], color="black", lw=1, ls="--", label="trivial predictor")
+            line[0].set_xticks(range(len(keep)), [f"k = {k}" for k in keep])
+            line[0].set_ylabel(title)
+            for axis, over, unit in ((line[1], "tokens", 1e3), (line[2], "seconds", 1)):
+                for k, colour in zip(keep, (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+                    part = curve[curve["k"] == k]
+                    axis.plot(part[over] / unit, part[metric], marker="o", ms=3, color=colour, label=f"k = {k}")
+                axis.set_xlabel("distillation, thousands of tokens" if over == "tokens" else "distillation, seconds")
+            if metric == "cosine":
+                for axis in line:
+                    axis.axhline(target, color=RED, lw=1, ls=":", label="target")
+            else:
+                for axis in line:
+                    axis.set_yscale("log")
+                    axis.yaxis.set_major_formatter("{x:g}")
+                for axis in line[1:]:  # less than a decade
+                    axis.yaxis.set_minor_formatter("{x:g}")
+        axes[0, 0].set_title("test text")
+        axes[0, 1].set_title("validation text")
+        axes[0, 2].set_title("validation text")
+        axes[1, 0].legend(loc="best")
+        axes[0, 1].legend(loc="best")
+    plt.close(figure)
+    return figure
+
 
 OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metrics on the first
 
@@ -184,7 +239,7 @@ def after_refit(
     return frame.assign(chosen=frame["rank_refitted"] == 1)
 
 
-def mixes(
+def t5_mix(
     full: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     kept: Sequence[int],
@@ -219,7 +274,7 @@ def calibration(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count:
     return data.mixed_blocks(tokenizer, [data.load_text(name, "train")[0] for name in texts], count, length, seed)
 
 
-def refits(
+def t5_forms(
     full: PreTrainedModel,
     kept: Sequence[int],
     blocks: Tensor,
@@ -292,7 +347,7 @@ def recover(
     return found, history
 
 
-def curve(histories: Sequence[Sequence[dict[str, float]]], judge: Judge) -> pd.DataFrame:
+def t5_curve(histories: Sequence[Sequence[dict[str, float]]], judge: Judge) -> pd.DataFrame:
     """t5_curve: every look of the distillations at validation text, ``ppl_ratio`` to the full model's."""
     frame = pd.DataFrame([row for history in histories for row in history])
     return frame.assign(ppl_ratio=np.exp(frame["nll_nats"] - judge.nll))
@@ -338,7 +393,7 @@ def earlier(
     return stages(judge, found, kept, "distributed")
 
 
-def framed(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge: Judge) -> pd.DataFrame:
+def t5_recovery(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge: Judge) -> pd.DataFrame:
     """t5_recovery: the rows between the full model and the trivial predictor, which answers with the mean state."""
     depth = full.config.get_text_config().num_hidden_layers
     base = {"tokens": 0, "seconds": 0.0, "parameters_added": 0}

@@ -4,13 +4,9 @@ Every process (rank) loads the model and takes every so many-th part of the text
 the order of the text, or summed, so that the result is that of one process.
 """
 
-import datetime
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, distributed
 
 from paper_src import InputError
@@ -56,23 +52,3 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextmanager
-def started(minutes: float = 30) -> Iterator[Ranks]:
-    """The ranks of this run: those of the launcher that started it, or this process alone.
-
-    Args:
-        minutes: a rank that says nothing for so long is taken for dead.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
-    try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        distributed.destroy_process_group()

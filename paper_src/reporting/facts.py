@@ -6,9 +6,11 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from paper_src import InputError, reported
-from paper_src.report import kept_tuple
-from paper_src.tables import CAUSAL, prefill_rows
+from paper_src import InputError
+from paper_src.reporting import reported
+from paper_src.sections.compaction import prefill_rows
+from paper_src.sections.importance import CAUSAL
+from paper_src.selection import kept_tuple
 
 Read = Callable[[str], pd.DataFrame]
 Values = dict[str, object]

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
 from paper_src.checkpoints import FirstLook, OneDevice, claim, keep, kept, seconds_before
-from paper_src.recommend import Scorer, metrics_of, ranks
+from paper_src.recommendation.ranking import Scorer, metrics_of, ranks
 
 IGNORED = -100
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,12 +18,11 @@ import pandas as pd
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from paper_src import InputError
 from paper_src.files import replacing
 from paper_src.models import Loaded
-from paper_src.parameters import check_types, declared
+from paper_src.reporting.parameters import check_types, declared
 from paper_src.timing import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
@@ -150,23 +149,3 @@ def git_state() -> dict[str, object]:
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
-
-
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """``items`` with a plain-text bar: a line in JupyterLab and in a terminal, one every 10 s in a log."""
-    return tqdm(items, desc=what, total=total, mininterval=10, ascii=True, ncols=79)
-
-
-def progress_bar(what: str) -> Callable[[Iterable], Iterable]:
-    """:func:`progress` as a function of the iterable alone."""
-    return lambda items: progress(items, what)
-
-
-def kept_text(kept: Iterable[int]) -> str:
-    """Kept layers as they stand in tables: ``0 1 8``."""
-    return " ".join(map(str, kept))
-
-
-def kept_tuple(text: str) -> tuple[int, ...]:
-    """The inverse of :func:`kept_text`."""
-    return tuple(map(int, str(text).split()))

@@ -15,9 +15,10 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from paper_src import InputError, coalitions, data, models, ranks, scoring
+from paper_src import InputError, coalitions, data, models, scoring
 from paper_src.files import replacing
-from paper_src.ranks import ALONE, Ranks
+from paper_src.processes import ALONE, Ranks
+from paper_src.scale import launch
 
 ENDED = "another process of this run has ended: no table was written"
 
@@ -80,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *ignored: _stop(ENDED))  # the launcher ends all when one has died
     try:
-        with ranks.started() as shared:
+        with launch.started() as shared:
             _run(arguments, shared)
     except InputError as error:
         _stop(str(error))

@@ -1,4 +1,4 @@
-"""Rows of the recommendation section: every recommender on the same users, items and budget."""
+"""The paper's figures, each drawn from tables alone."""
 
 import copy
 import time
@@ -6,17 +6,72 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import encoder, fidelity, recommend, timing
+from paper_src import fidelity, timing
 from paper_src.compaction import compact
-from paper_src.interactions import Interactions, leave_last_out
 from paper_src.models import count_parameters
-from paper_src.repairs import saved
+from paper_src.recommendation import encoders, ranking
+from paper_src.recommendation.interactions import Interactions, leave_last_out
+from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from paper_src.sections.recovery import saved
+
+METHODS = {
+    "most_popular": (GREY, "most popular"),
+    "item_knn": (GREY, "item-kNN"),
+    "sasrec": (GREEN, "SASRec"),
+    "frozen": (ORANGE, "frozen"),
+    "trained": (BLUE, "trained"),
+    "no_layers": (RED, "no layers"),
+}
+PLACES = (9, 0, -9)  # points above the marks of the compact models, from the best down: names that would overlap
+
+
+def f6_recommendation(tables: dict[str, pd.DataFrame]) -> Figure:
+    """NDCG@10 with 95% intervals of every recommender, and of the trained ones against their measured speed.
+
+    Args:
+        tables: name -> t6_movielens, t6_amazon, as many as there are.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(len(tables), 2, figsize=(10, 3.6 * len(tables)), squeeze=False)
+        for (left, right), table in zip(axes, tables.values(), strict=True):
+            small = table[(table["method"] == "trained") & (table["model"] != "full")].nlargest(len(PLACES), "ndcg10")
+            above = dict(zip(small.index, PLACES, strict=False))
+            for place, row in enumerate(table.itertuples()):
+                colour, label = METHODS[row.method]
+                spread = [[row.ndcg10 - row.ndcg10_lo], [row.ndcg10_hi - row.ndcg10]]
+                left.errorbar(row.ndcg10, place, xerr=spread, fmt="o", ms=4, color=colour)
+                if row.users_per_s == row.users_per_s:
+                    right.errorbar(row.users_per_s, row.ndcg10, spread, fmt="o", ms=5, color=colour, capsize=2)
+                    name = row.model if row.method == "trained" else f"{label}, {row.model}"
+                    if row.method == "no_layers" and "users" not in row.model:  # points that lie on each other
+                        name = label if row.model == "full" else ""
+                    right.annotate(name.replace("_", " "), (row.users_per_s, row.ndcg10), size=7,
+                                   textcoords="offset points", xytext=(5, above.get(row.Index, 4)))  # fmt: skip
+            names = [METHODS[row.method][1] + (f", {row.model}" if row.model != "none" else "")
+                     for row in table.itertuples()]  # fmt: skip
+            left.set_yticks(range(len(table)), [name.replace("_", " ") for name in names])
+            left.invert_yaxis()
+            left.set_xlim(left=0)
+            left.set_xlabel("NDCG@10, whole catalogue")
+            left.set_title(f"{table['dataset'].iloc[0]}: {table['n_users'].iloc[0]:,} test users")
+            right.set_xscale("log")
+            right.margins(x=0.3)
+            right.set_ylim(bottom=0)
+            right.set_xlabel("users a second at inference")
+            right.set_ylabel("NDCG@10")
+            right.set_title("trained models: quality and speed")
+    plt.close(figure)
+    return figure
+
 
 SASREC_WIDTH = 64
 SASREC_BATCH = 64  # sequences a step
@@ -47,16 +102,16 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.split = leave_last_out(self.data.sequences)
-        self.users = recommend.sample(self.split, self.judged, self.seed)
-        self.sample = [self.split.train[user] for user in recommend.sample(self.split, self.learners, self.seed + 1)]
-        watched = recommend.sample(self.split, min(self.judged, WATCHED), self.seed + 2)
+        self.users = ranking.sample(self.split, self.judged, self.seed)
+        self.sample = [self.split.train[user] for user in ranking.sample(self.split, self.learners, self.seed + 1)]
+        watched = ranking.sample(self.split, min(self.judged, WATCHED), self.seed + 2)
         self.validation = [self.split.train[user] for user in watched], self.split.valid[watched]
         histories = self.split.history("test")
         self.test = [histories[user] for user in self.users], self.split.test[self.users]
 
-    def judge(self, scorer: recommend.Scorer) -> dict[str, np.ndarray]:
+    def judge(self, scorer: ranking.Scorer) -> dict[str, np.ndarray]:
         """Each test user's metrics."""
-        return recommend.metrics_of(recommend.ranks(scorer, *self.test))
+        return ranking.metrics_of(ranking.ranks(scorer, *self.test))
 
 
 class Contest:
@@ -66,9 +121,9 @@ class Contest:
         self.bench, self.report = bench, report
         self.rows: list[dict[str, object]] = []
         self.users: dict[tuple[str, str], np.ndarray] = {}
-        self.scorers: dict[tuple[str, str], recommend.Scorer] = {}
+        self.scorers: dict[tuple[str, str], ranking.Scorer] = {}
 
-    def enter(self, method: str, model: str, scorer: recommend.Scorer, **context) -> None:
+    def enter(self, method: str, model: str, scorer: ranking.Scorer, **context) -> None:
         """Judge ``scorer`` on test users and add its row."""
         values = self.bench.judge(scorer)
         self.users[method, model] = values["ndcg10"]
@@ -134,7 +189,7 @@ class Contest:
         return pd.DataFrame(rows)
 
 
-def classical(contest: Contest, settings: encoder.Settings, epochs: int, folder: Path) -> None:
+def classical(contest: Contest, settings: encoders.Settings, epochs: int, folder: Path) -> None:
     """Most popular, item-kNN and SASRec on all users; SASRec also on the users that language models learn from.
 
     SASRec is small and starts from nothing: it has ``epochs`` passes, and stops when five bring no progress. On the
@@ -143,7 +198,7 @@ def classical(contest: Contest, settings: encoder.Settings, epochs: int, folder:
     """
     bench = contest.bench
     train, items = bench.split.train, len(bench.data.texts)
-    for name, scorer in (("most_popular", recommend.most_popular), ("item_knn", recommend.item_knn)):
+    for name, scorer in (("most_popular", ranking.most_popular), ("item_knn", ranking.item_knn)):
         start = time.perf_counter()
         contest.enter(name, "none", scorer(train, items), train_users=len(train), seconds=time.perf_counter() - start)
     batch = min(settings.batch_size, SASREC_BATCH)
@@ -151,8 +206,8 @@ def classical(contest: Contest, settings: encoder.Settings, epochs: int, folder:
     for name, sequences, batch_size, times in (("all users", train, SASREC_BATCH, 1.0),
                                                ("same users", bench.sample, batch, passes)):  # fmt: skip
         torch.manual_seed(bench.seed)
-        body = encoder.sasrec_body(length=settings.length)
-        vectors = encoder.random_vectors(items, SASREC_WIDTH, bench.seed)
+        body = encoders.sasrec_body(length=settings.length)
+        vectors = encoders.random_vectors(items, SASREC_WIDTH, bench.seed)
         small = replace(settings, epochs=round(epochs * times), patience=round(5 * times), batch_size=batch_size,
                         learning_rate=1e-3, body_rate=1e-3, residual=0.0)  # fmt: skip
         _train(contest, "sasrec", name, body, vectors, sequences, small, folder)
@@ -163,7 +218,7 @@ def language_model(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: encoder.Settings,
+    settings: encoders.Settings,
     width: int,
     folder: Path,
     progress: Callable = iter,
@@ -173,16 +228,16 @@ def language_model(
     Without layers there is little to train: for the cut model that row is also of all users, as SASRec's is.
     """
     start = time.perf_counter()
-    states = recommend.text_states(model, tokenizer, contest.bench.data.texts, progress=progress)
+    states = ranking.text_states(model, tokenizer, contest.bench.data.texts, progress=progress)
     spent = time.perf_counter() - start
-    contest.enter("frozen", name, recommend.frozen(states), train_users=0, seconds=spent,
+    contest.enter("frozen", name, ranking.frozen(states), train_users=0, seconds=spent,
                   parameters=count_parameters(model))  # fmt: skip
-    vectors, sample = encoder.item_vectors(states, width), contest.bench.sample
+    vectors, sample = encoders.item_vectors(states, width), contest.bench.sample
     body = copy.deepcopy(model.base_model).float()
     _train(contest, "trained", name, body, vectors, sample, settings, folder)
-    _train(contest, "no_layers", name, encoder.NoLayers(model.config), vectors, sample, settings, folder)
+    _train(contest, "no_layers", name, encoders.NoLayers(model.config), vectors, sample, settings, folder)
     if name == "compact":
-        bare, everyone = encoder.NoLayers(model.config), contest.bench.split.train
+        bare, everyone = encoders.NoLayers(model.config), contest.bench.split.train
         _train(contest, "no_layers", f"{name}, all users", bare, vectors, everyone, settings, folder)
 
 
@@ -193,13 +248,13 @@ def _train(
     body: torch.nn.Module,
     vectors: Tensor,
     sequences: Sequence[np.ndarray],
-    settings: encoder.Settings,
+    settings: encoders.Settings,
     folder: Path,
 ) -> None:
     bench = contest.bench
     own = folder / f"{bench.data.name}-{method}-{name.replace(', ', '-').replace(' ', '_')}"
-    trained, history = encoder.train(body, vectors, sequences, bench.validation, own, settings)
-    scorer = encoder.trained(trained, settings.length)
+    trained, history = encoders.train(body, vectors, sequences, bench.validation, own, settings)
+    scorer = encoders.trained(trained, settings.length)
     best = max(history, key=lambda row: row["ndcg10"])
     contest.scorers[method, name] = scorer
     contest.enter(method, name, scorer, train_users=len(sequences), seconds=history[-1]["seconds"],
@@ -210,7 +265,7 @@ def contest(
     bench: Bench,
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    settings: encoder.Settings,
+    settings: encoders.Settings,
     width: int,
     folder: Path,
     sasrec_epochs: int = 20,

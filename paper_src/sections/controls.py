@@ -1,207 +1,36 @@
-"""The earlier report's table of wrong against right practice, each row an experiment.
+"""Section 8: wrong practice beside right practice, each row an experiment."""
 
-Nothing here is a method: these are the mistakes, made on purpose, beside what should have been done.
-"""
-
-import copy
-import difflib
-import json
 import math
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
 from random import Random
 
+import matplotlib
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import InputError, fidelity, timing
+from paper_src import fidelity, timing
+from paper_src.baselines.earlier_practice import (
+    greedy_texts,
+    made_up_scores,
+    masked,
+    text_similarity,
+    time_requests,
+    with_idle_layers,
+)
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.compaction import compact
-from paper_src.layers import StandIn, with_module
-from paper_src.models import decoder_layers, last_hidden, locate_layers
-from paper_src.report import kept_text
+from paper_src.models import decoder_layers
+from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE, TITLES
 from paper_src.scoring import score_layers
-from paper_src.selection import KeptLayers, top_k
+from paper_src.selection import KeptLayers, kept_text, top_k
 
 
-def made_up_scores(depth: int, k: int, draws: int, seed: int) -> list[KeptLayers]:
-    """What Top-K keeps when scores come from a normal distribution: ``draws`` selections of k of ``depth`` layers."""
-    generator = np.random.default_rng(seed)
-    return [top_k(generator.normal(size=depth), k) for _ in range(draws)]
-
-
-def with_idle_layers(model: PreTrainedModel, places: Sequence[int], depth: int) -> PreTrainedModel:
-    """A model of ``depth`` layers that computes what ``model`` does, with its layers at ``places`` and the others idle.
-
-    An idle layer is a copy of a real one whose last linear map in each part (attention, MLP) is zero, so
-    that it passes its input on unchanged. For families whose configuration has no per-layer lists.
-
-    Args:
-        model: L layers; it is not changed.
-        places: L increasing positions in [0, depth).
-        depth: number of layers of the new model.
-
-    Raises:
-        InputError: the new model does not compute what the old one does.
-    """
-    path, layers = locate_layers(model)
-    if len(places) != len(layers) or sorted(set(places)) != list(places) or max(places) >= depth:
-        raise InputError(f"places {tuple(places)}: give {len(layers)} increasing positions below {depth}")
-    config = copy.deepcopy(model.config)
-    config.get_text_config().num_hidden_layers = depth
-    new = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
-    rest = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{path}.")}
-    new.load_state_dict(rest, strict=False)
-    for place, layer in enumerate(decoder_layers(new)):
-        real = sum(other <= place for other in places) - 1 if place in places else place % len(layers)
-        layer.load_state_dict(layers[real].state_dict())
-        if place not in places:
-            _silence_(layer)
-    ids = torch.arange(8, device=model.device)[None] % config.get_text_config().vocab_size
-    with torch.no_grad():
-        if not torch.allclose(last_hidden(new, ids), last_hidden(model, ids), rtol=1e-3, atol=1e-4):
-            raise InputError(f"{type(model).__name__} with idle layers computes something else: use a Llama-like model")
-    return new
-
-
-def _silence_(layer: nn.Module) -> None:
-    """Zero the last linear map of each part of ``layer``."""
-    for part in layer.children():
-        linear = [module for module in part.modules() if isinstance(module, nn.Linear)]
-        for parameter in linear[-1].parameters() if linear else ():
-            nn.init.zeros_(parameter)
-
-
-class _Masked(StandIn):
-    """Computes a layer and multiplies what it adds by zero."""
-
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
-        output = self.layer(hidden, *args, **kwargs)
-        if isinstance(output, tuple):
-            return (hidden + 0 * (output[0] - hidden), *output[1:])
-        return hidden + 0 * (output - hidden)
-
-
-def masked(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """``model`` with what all layers but ``kept`` add multiplied by zero: it answers as the compact model does."""
-    path, layers = locate_layers(model)
-    return with_module(
-        model, path, nn.ModuleList(layer if i in kept else _Masked(layer) for i, layer in enumerate(layers))
-    )
-
-
-def sharpened(model: PreTrainedModel, factor: float) -> PreTrainedModel:
-    """``model`` with its logits multiplied by ``factor``: the same greedy text and states, another distribution."""
-    head = model.get_output_embeddings()
-    path = next(name for name, module in model.named_modules() if module is head)
-    return with_module(model, path, _Scaled(head, factor))
-
-
-class _Scaled(nn.Module):
-    def __init__(self, head: nn.Module, factor: float):
-        super().__init__()
-        self.head, self.factor = head, factor
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.factor * self.head(hidden)
-
-
-@contextmanager
-def served(models: dict[str, PreTrainedModel]) -> Iterator[int]:
-    """Serves each model's last hidden states as JSON over HTTP on the loopback interface; gives the port.
-
-    ``POST /<name>`` with a JSON list of token ids. Any other name is answered at once, with no model run.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            model = models.get(self.path.strip("/"))
-            with torch.no_grad():
-                states = last_hidden(model, torch.tensor([ids]))[0].float().tolist() if model else []
-            body = json.dumps(states).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def request_seconds(port: int, name: str, ids: Sequence[int]) -> float:
-    """Seconds from sending a request for ``/name`` to the end of its answer."""
-    start = time.perf_counter()
-    connection = HTTPConnection("127.0.0.1", port, timeout=300)
-    connection.request("POST", f"/{name}", json.dumps(list(ids)))
-    answer = connection.getresponse()
-    answer.read()
-    connection.close()
-    if answer.status != 200:
-        raise InputError(f"the request for /{name} was answered with status {answer.status}")
-    return time.perf_counter() - start
-
-
-def time_requests(
-    full: PreTrainedModel, compact: PreTrainedModel, tokens: int, rounds: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Seconds of each of ``rounds`` interleaved rounds: ``full`` and ``compact`` forward passes, and requests.
-
-    Keys: ``full``, ``compact`` (device synchronized), ``request_full``, ``request_compact``, and
-    ``request_a``, ``request_b``, two series of requests behind which there is no model.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(full.config.get_text_config().vocab_size, (1, tokens), generator=generator)
-    workload = timing.Workload("prefill_hidden", 1, tokens)
-    models = {"full": full, "compact": compact}
-    forward = {
-        name: partial(timing.run_seconds, model, workload, ids.to(full.device)) for name, model in models.items()
-    }
-    seconds: dict[str, list[float]] = {}
-    with served(models) as port:
-        behind = {"request_full": "full", "request_compact": "compact", "request_a": "none", "request_b": "none"}
-        work = forward | {name: partial(request_seconds, port, path, ids[0].tolist()) for name, path in behind.items()}
-        for index in range(rounds + 1):
-            for name in list(work)[:: -1 if index % 2 else 1]:  # each comes before and after the others
-                seconds.setdefault(name, []).append(work[name]())
-    return {name: np.array(values[1:]) for name, values in seconds.items()}  # the first round warms up
-
-
-@torch.no_grad()
-def greedy_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, new_tokens: int
-) -> list[str]:
-    """The ``new_tokens`` tokens that greedy decoding puts after each of ``prompts`` (B, T), as text."""
-    prompts = prompts.to(model.device)
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), pad_token_id=pad, **settings)
-    return tokenizer.batch_decode(ids[:, prompts.shape[1] :])
-
-
-def text_similarity(texts: Sequence[str], others: Sequence[str]) -> float:
-    """Mean over pairs of texts of difflib's ratio: 2 * matching characters / all characters, in [0, 1]."""
-    pairs = zip(texts, others, strict=True)
-    return float(np.mean([difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in pairs]))
-
-
-def text_against_metrics(
+def t8_text(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompts: Tensor,
@@ -254,7 +83,7 @@ def score_tests(table: pd.DataFrame, measured: dict) -> tuple[pd.DataFrame, pd.D
     return drawn.reset_index(drop=True), real.assign(p_ppl=p_values, n_draws=len(drawn)).reset_index(drop=True)
 
 
-def permuted(model: PreTrainedModel, calibration: Tensor, test: Tensor, seed: int) -> pd.DataFrame:
+def t8_permuted(model: PreTrainedModel, calibration: Tensor, test: Tensor, seed: int) -> pd.DataFrame:
     """t8_permuted: two models that compute the same with their layers in different places, and three ways to choose.
 
     Both are ``model`` among as many idle layers (:func:`with_idle_layers`); to keep half the layers, the idle
@@ -287,7 +116,7 @@ def permuted(model: PreTrainedModel, calibration: Tensor, test: Tensor, seed: in
     return pd.DataFrame(rows)
 
 
-def speeds(
+def t8_speed(
     model: PreTrainedModel, kept: KeptLayers, tokens: int, requested: int, rounds: int, seed: int
 ) -> pd.DataFrame:
     """t8_speed: what each way of timing says the speedup of the compact model is.
@@ -325,7 +154,7 @@ def speeds(
     return pd.DataFrame(rows).assign(k=len(kept), rounds=rounds)
 
 
-def verdicts(
+def t8_controls(
     drawn: pd.DataFrame, scores: pd.DataFrame, moved: pd.DataFrame, speed: pd.DataFrame, text: pd.DataFrame
 ) -> pd.DataFrame:
     """t8_controls: a row a practice, with the number that shows how wrong it is.
@@ -369,3 +198,86 @@ def verdicts(
          f"{similar.loc['another prompt', 'text_similarity']:.2f}"),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["practice", "instead", "measure", "how_wrong", "seen"])
+
+
+def f8_controls(
+    drawn: pd.DataFrame, scores: pd.DataFrame, moved: pd.DataFrame, speed: pd.DataFrame, text: pd.DataFrame
+) -> Figure:
+    """One panel for each wrong practice beside the right one.
+
+    Args:
+        drawn: t8_random.
+        scores: t8_scores.
+        moved: t8_permuted.
+        speed: t8_speed.
+        text: t8_text.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+        _made_up(axes[0, 0], drawn, scores)
+        _moved(axes[0, 1], moved)
+        _timed(axes[1, 0], speed)
+        _texts(axes[1, 1], text)
+    plt.close(figure)
+    return figure
+
+
+def _made_up(axis: Axes, drawn: pd.DataFrame, scores: pd.DataFrame) -> None:
+    """Outcomes of made-up scores, and below them those of real ones."""
+    axis.hist(np.log10(drawn["ppl_ratio"]), bins=20, color="#b5b5b5", label=f"{len(drawn)} made-up scores")
+    tops, unit = scores.sort_values("ppl_ratio"), axis.get_ylim()[1] / 20
+    for index, row in enumerate(tops.itertuples()):
+        axis.plot(np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index), "o", ms=3.5, color=BLUE)
+        label = f"{TITLES.get(row.score, row.score.replace('_', ' '))} (p = {row.p_ppl:.2f})"
+        axis.annotate(label, (np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index)), textcoords="offset points",
+                      xytext=(5, -2), size=5.5)  # fmt: skip
+    axis.margins(x=0.05)
+    axis.set_xlim(right=axis.get_xlim()[1] + 0.45 * np.diff(axis.get_xlim()).item())  # room for the names
+    axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
+    axis.set_xlabel("log10 of perplexity / full model's")
+    axis.set_ylabel("draws")
+    axis.set_title("Scores from np.random.normal, and real ones (dots)")
+    axis.legend(loc="upper right")
+
+
+def _moved(axis: Axes, moved: pd.DataFrame) -> None:
+    """What each way of choosing keeps of two models with the same layers in other places."""
+    ways = list(dict.fromkeys(moved["chosen_by"]))
+    for shift, (order, part), colour in zip((-0.2, 0.2), moved.groupby("model"), (BLUE, ORANGE), strict=True):
+        height = part.set_index("chosen_by").loc[ways, "ppl_ratio"]
+        axis.bar(np.arange(len(ways)) + shift, height, width=0.4, color=colour, label=f"{order} model")
+        for place, kept in enumerate(part.set_index("chosen_by").loc[ways, "working_kept"]):
+            axis.annotate(f"{kept} kept", (place + shift, height.iloc[place]), ha="center", va="bottom", size=7)
+    axis.set_xticks(range(len(ways)), [way.replace("_", " ") for way in ways])
+    axis.set_yscale("log")
+    axis.set_ylabel("perplexity / full model's")
+    axis.set_title("The same layers in other places (working layers kept)")
+    axis.legend()
+
+
+def _timed(axis: Axes, speed: pd.DataFrame) -> None:
+    """The speedup that each way of timing finds."""
+    error = [speed["speedup"] - speed["speedup_lo"], speed["speedup_hi"] - speed["speedup"]]
+    colours = [BLUE, RED, BLUE, RED, RED]
+    axis.barh(speed["timed"].str.replace("_", " "), speed["speedup"], xerr=error, color=colours)
+    axis.axvline(1, color="black", lw=1)
+    axis.invert_yaxis()
+    axis.set_xlabel("speedup found (blue: right practice)")
+    axis.set_title(f"Masks, and requests over HTTP (k = {speed['k'].iloc[0]})")
+
+
+def _texts(axis: Axes, text: pd.DataFrame) -> None:
+    """Text similarity against KL."""
+    models = text[text["kl_nats"].notna()]
+    axis.plot(models["kl_nats"], models["text_similarity"], "o", color=BLUE)
+    for row in models.itertuples():
+        axis.annotate(row.model, (row.kl_nats, row.text_similarity), textcoords="offset points", xytext=(4, 3), size=7)
+    unrelated = text.loc[text["kl_nats"].isna(), "text_similarity"].item()
+    axis.axhline(unrelated, color=GREY, ls="--", lw=1, label="texts of different prompts")
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_xlabel("KL(full || model), nats/token")
+    axis.set_ylabel("similarity to the full model's text")
+    axis.set_title("Text similarity against KL")
+    axis.set_ylim(0, 1.08)
+    axis.margins(x=0.18)
+    axis.legend(loc="lower left")

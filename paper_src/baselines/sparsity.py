@@ -1,0 +1,73 @@
+"""Zeros in the weights of the layers' linear maps, in equal shares."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from transformers import PreTrainedModel
+
+from paper_src.baselines.moments import Moments, linears
+
+# Sparsity. Zeros in the weights of the layers' linear maps, in equal shares.
+
+
+def magnitude_pruned(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
+    """The model whose smallest weights of each linear map are zero, by ``torch.nn.utils.prune``."""
+    small = copy.deepcopy(model)
+    for _, linear in linears(small):
+        prune.l1_unstructured(linear, "weight", sparsity)
+        prune.remove(linear, "weight")
+    return small
+
+
+def wanda(model: PreTrainedModel, moments: Moments, sparsity: float = 0.5, group: int = 0) -> PreTrainedModel:
+    """The model whose weights of least |W_ij| * sqrt(E x_j^2) are zero (Wanda, arXiv:2306.11695).
+
+    Args:
+        model: the full model.
+        moments: of :func:`input_moments`.
+        sparsity: share of zeros in each output row, or in each ``group``.
+        group: consecutive inputs compared with one another: 4 with sparsity 0.5 is 2:4; 0 is the whole row.
+    """
+    small = copy.deepcopy(model)
+    for name, linear in linears(small):
+        score = linear.weight.detach().float().abs() * moments[name].diagonal().sqrt()
+        parts = score.view(len(score), -1, group or score.shape[1])  # (out, groups, inputs)
+        order = parts.argsort(dim=-1, stable=True)
+        drop = torch.zeros_like(parts, dtype=torch.bool)
+        drop.scatter_(-1, order[..., : round(sparsity * parts.shape[-1])], True)
+        linear.weight.data[drop.view_as(score)] = 0
+    return small
+
+
+class _Mask(nn.Module):
+    """Keeps weights at zero that were zero."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("mask", weight != 0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def masked(model: PreTrainedModel) -> PreTrainedModel:
+    """The model for training: weights of linear maps that are zero stay zero; :func:`unmasked` makes it plain."""
+    small = copy.deepcopy(model)
+    for _, linear in list(linears(small)):
+        parametrize.register_parametrization(linear, "weight", _Mask(linear.weight))
+    return small
+
+
+def unmasked(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes off what :func:`masked` put on, in place."""
+    for _, linear in list(linears(model)):
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    return model
+
+
+def zeros(model: PreTrainedModel) -> float:
+    """Share of exact zeros in the weights of the layers' linear maps."""
+    weights = [linear.weight for _, linear in linears(model)]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

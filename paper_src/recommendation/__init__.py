@@ -1,0 +1,1 @@
+"""Next-item recommendation: interactions, ranking over the whole catalogue, sequence encoders."""

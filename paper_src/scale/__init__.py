@@ -1,0 +1,1 @@
+"""Many processes, models larger than memory, sweeps on a cluster."""

@@ -1,0 +1,31 @@
+"""The processes of a run that torchrun or accelerate launch started."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+from paper_src.processes import ALONE, Ranks
+
+
+@contextmanager
+def started(minutes: float = 30) -> Iterator[Ranks]:
+    """The ranks of this run: those of the launcher that started it, or this process alone.
+
+    Args:
+        minutes: a rank that says nothing for so long is taken for dead.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
