@@ -1,7 +1,7 @@
 """How near a compact model's outputs are to the full model's, on held-out tokens."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.models import last_hidden, logits_of
+from paper_src.stats import interval
 
 METRICS = ("cosine", "cosine_centred", "mse", "kl_nats", "top1_agreement", "nll_nats")
 CAPPED = "nll_capped_nats"
@@ -187,19 +188,11 @@ def summarize(values: dict[str, np.ndarray], seed: int = 0, draws: int = 2000) -
     """Means over blocks with 95% bootstrap intervals (``_lo``, ``_hi``); adds ``ppl`` = exp(mean NLL)."""
     row = {}
     for name, column in values.items():
-        low, high = bootstrap_interval(column, seed, draws)
+        low, high = interval(column, seed=seed, draws=draws)
         row |= {name: float(column.mean()), f"{name}_lo": low, f"{name}_hi": high}
     for suffix in ("", "_lo", "_hi"):
         row[f"ppl{suffix}"] = math.exp(row[f"nll_nats{suffix}"])
     return row
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean of ``values``."""
-    values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def ppl_ratio(nll: np.ndarray, full: np.ndarray | float, seed: int = 0) -> dict[str, float]:
@@ -213,17 +206,5 @@ def ppl_ratio(nll: np.ndarray, full: np.ndarray | float, seed: int = 0) -> dict[
         seed: of the bootstrap.
     """
     gap = np.asarray(nll) - np.asarray(full)
-    low, high = bootstrap_interval(gap, seed)
+    low, high = interval(gap, seed=seed)
     return {"ppl_ratio": math.exp(gap.mean()), "ppl_ratio_lo": math.exp(low), "ppl_ratio_hi": math.exp(high)}
-
-
-def control_p_value(value: float, controls: Sequence[float], higher_is_better: bool) -> float:
-    """P that a random selection does at least as well: (1 + #controls as good or better) / (1 + #controls).
-
-    Example:
-        >>> control_p_value(0.5, [0.1, 0.2, 0.6], higher_is_better=True)
-        0.5
-    """
-    controls = np.asarray(controls, dtype=float)
-    as_good = controls >= value if higher_is_better else controls <= value
-    return float((1 + as_good.sum()) / (1 + len(controls)))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paper_src import InputError
 from paper_src.models import last_hidden
+from paper_src.stats import interval
 
 TASKS = ("prefill_hidden", "prefill_logits", "decode")
 
@@ -169,11 +170,10 @@ def _synchronize(model: PreTrainedModel) -> None:
         torch.accelerator.synchronize(model.device)
 
 
-def ratio_interval(ratios: np.ndarray, seed: int, draws: int = 2000) -> dict[str, float]:
+def ratio_interval(ratios: np.ndarray, seed: int = 0) -> dict[str, float]:
     """``speedup``, the median of ``ratios``, with its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``."""
-    picks = np.random.default_rng(seed).integers(len(ratios), size=(draws, len(ratios)))
-    low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
-    return {"speedup": float(np.median(ratios)), "speedup_lo": float(low), "speedup_hi": float(high)}
+    low, high = interval(ratios, np.median, seed)
+    return {"speedup": float(np.median(ratios)), "speedup_lo": low, "speedup_hi": high}
 
 
 def checkpoint_bytes(folder: str | Path) -> int:

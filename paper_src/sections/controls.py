@@ -28,6 +28,7 @@ from paper_src.models import decoder_layers
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE, TITLES
 from paper_src.scoring import score_layers
 from paper_src.selection import KeptLayers, kept_text, top_k
+from paper_src.stats import control_p_value
 
 
 def t8_text(
@@ -79,7 +80,7 @@ def score_tests(table: pd.DataFrame, measured: dict) -> tuple[pd.DataFrame, pd.D
     table = table.assign(nll_nats=nll, ppl_ratio=np.exp(nll - full))
     drawn, real = table[table["score"] == "normal"], table[table["score"] != "normal"].drop(columns="draw")
     control = drawn["nll_nats"]
-    p_values = [fidelity.control_p_value(value, control, higher_is_better=False) for value in real["nll_nats"]]
+    p_values = [control_p_value(value, control, higher_is_better=False) for value in real["nll_nats"]]
     return drawn.reset_index(drop=True), real.assign(p_ppl=p_values, n_draws=len(drawn)).reset_index(drop=True)
 
 

@@ -16,6 +16,7 @@ from paper_src.layers import SubsetRunner
 from paper_src.reporting import reported
 from paper_src.reporting.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, STYLE
 from paper_src.selection import kept_text, kept_tuple
+from paper_src.stats import control_p_value
 
 STRATEGIES = {
     "random": ("#b5b5b5", "."), "top_k": (BLUE, "o"), "distributed": (ORANGE, "s"), "drop_block": (GREEN, "^"),
@@ -120,8 +121,8 @@ def t4_fidelity(
         same = control[control["k"] == row.k]
         rows.append({
             "strategy": row.strategy, "score": row.score, "k": row.k, "kept": row.kept, **values,
-            "p_cosine": fidelity.control_p_value(values["cosine"], same["cosine"], higher_is_better=True),
-            "p_ppl": fidelity.control_p_value(values["ppl"], same["ppl"], higher_is_better=False),
+            "p_cosine": control_p_value(values["cosine"], same["cosine"], higher_is_better=True),
+            "p_ppl": control_p_value(values["ppl"], same["ppl"], higher_is_better=False),
         })  # fmt: skip
     for k, same in control.groupby("k"):
         values = fidelity.summarize({name: same[name].to_numpy() for name in fidelity.METRICS}, seed)

@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import fidelity, timing
+from paper_src import timing
 from paper_src.compaction import compact
 from paper_src.models import count_parameters
 from paper_src.recommendation import encoders, ranking
 from paper_src.recommendation.interactions import Interactions, leave_last_out
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from paper_src.sections.recovery import saved
+from paper_src.stats import interval, paired_ratio_interval
 
 METHODS = {
     "most_popular": (GREY, "most popular"),
@@ -129,7 +130,7 @@ class Contest:
         self.users[method, model] = values["ndcg10"]
         row = {"method": method, "model": model, **context}
         for name, column in values.items():
-            low, high = fidelity.bootstrap_interval(column, self.bench.seed)
+            low, high = interval(column, seed=self.bench.seed)
             row |= {name: column.mean(), f"{name}_lo": low, f"{name}_hi": high}
         self.rows.append(row)
         self.report(f"{self.bench.data.name}, {method} {model}: NDCG@10 {row['ndcg10']:.4f}, HR@10 {row['hr10']:.4f}")
@@ -164,10 +165,8 @@ class Contest:
         if base not in self.users:
             return np.nan, np.nan, np.nan
         own, other = self.users[key], self.users[base]
-        picks = np.random.default_rng(self.bench.seed).integers(len(own), size=(2000, len(own)))
         with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = np.nanquantile(own[picks].mean(1) / other[picks].mean(1), [0.025, 0.975])
-            return own.mean() / other.mean(), low, high
+            return own.mean() / other.mean(), *paired_ratio_interval(own, other, self.bench.seed)
 
     def _speeds(self, rounds: int, users: int = 128) -> pd.DataFrame:
         """``users_per_s`` at inference, and the speedup over the trained full model, interleaved."""

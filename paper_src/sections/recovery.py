@@ -20,6 +20,7 @@ from paper_src.models import layer_counts
 from paper_src.reporting.progress import progress_bar
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
 from paper_src.selection import kept_text, kept_tuple
+from paper_src.stats import control_p_value
 
 RECOVERIES = {"none": (GREY, "cut only"), "closed_form": (BLUE, "closed form"), "distilled": (GREEN, "distilled")}
 
@@ -307,7 +308,7 @@ def with_control(table: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
     """Rows of both, and ``p_refitted``: the chance that a random selection is as good after the same refit."""
     draws = control["ppl_ratio_refitted"]
     smallest = table["k"] == control["k"].iloc[0]
-    p_values = [fidelity.control_p_value(value, draws, higher_is_better=False) for value in table["ppl_ratio_refitted"]]
+    p_values = [control_p_value(value, draws, higher_is_better=False) for value in table["ppl_ratio_refitted"]]
     table = table.assign(p_refitted=pd.Series(p_values, table.index).where(smallest))
     return pd.concat([table, control.assign(chosen=False)], ignore_index=True)
 

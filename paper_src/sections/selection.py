@@ -10,12 +10,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from paper_src import InputError, fidelity, selection
+from paper_src import InputError, selection
 from paper_src.coalitions import Cost, Evaluator
 from paper_src.reporting import reported
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE, TITLES
 from paper_src.sections.importance import CAUSAL, SCORES
 from paper_src.selection import kept_text, kept_tuple
+from paper_src.stats import control_p_value
 
 
 def f2_selection(table: pd.DataFrame, k: int, depth: int) -> Figure:
@@ -208,7 +209,7 @@ def t2_strategies(
     rows = []
     for row in table.to_dict("records"):
         control = random.loc[random["k"] == row["k"], "nll_nats"]
-        p_value = fidelity.control_p_value(row["nll_nats"], control, higher_is_better=False)
+        p_value = control_p_value(row["nll_nats"], control, higher_is_better=False)
         rows.append({**row, "p_ppl": p_value, **_cost(row, searched, costs)})
     for k, same in random.groupby("k"):
         means = same[["nll_nats", "cosine"]].mean()

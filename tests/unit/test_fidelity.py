@@ -11,10 +11,8 @@ from paper_src.compaction import compact
 from paper_src.fidelity import (
     METRICS,
     Reference,
-    bootstrap_interval,
     compare,
     compare_constant,
-    control_p_value,
     mean_state,
     reference,
     summarize,
@@ -176,35 +174,6 @@ def test_summary_holds_mean_and_interval_of_every_metric():
     assert list(row) == [f"{name}{end}" for name in ("cosine", "nll_nats", "ppl") for end in ("", "_lo", "_hi")]
     assert row["cosine"] == pytest.approx(0.3)
     assert (row["ppl_lo"], row["ppl"], row["ppl_hi"]) == pytest.approx((math.e, math.e**2, math.e**3))
-
-
-def test_bootstrap_interval_of_equal_values_is_a_point():
-    assert bootstrap_interval([2.5] * 7) == (2.5, 2.5)
-
-
-def test_bootstrap_interval_nears_that_of_the_normal_law():
-    values = np.random.default_rng(0).normal(3, 2, size=400)
-    low, high = bootstrap_interval(values, draws=4000)
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-
-
-def test_bootstrap_interval_follows_its_seed():
-    values = [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
-    assert bootstrap_interval(values, seed=1, draws=50) != bootstrap_interval(values, seed=2, draws=50)
-
-
-@pytest.mark.parametrize(
-    ("value", "higher_is_better", "expected"),
-    [(0.5, True, 3 / 5), (0.5, False, 4 / 5), (0.9, True, 1 / 5), (0.1, False, 1 / 5), (0.0, True, 1.0)],
-)
-def test_p_value_counts_controls_that_are_as_good(value, higher_is_better, expected):
-    assert control_p_value(value, [0.2, 0.4, 0.5, 0.7], higher_is_better) == pytest.approx(expected)
-
-
-def test_p_value_without_controls_is_one():
-    assert control_p_value(0.5, [], higher_is_better=True) == 1
 
 
 def test_scored_tokens_are_read_in_their_context(llama, make_blocks):
