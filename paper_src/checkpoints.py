@@ -65,7 +65,7 @@ class OneDevice(TrainingArguments):
         return device
 
 
-def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> Path:
+def run_folder(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> Path:
     """The folder inside ``folder`` of the run on ``tensors`` (weights and data) with ``settings``; it is made.
 
     Another run has another one: a run goes on from its own checkpoints and from no others.
@@ -81,7 +81,7 @@ def claim(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object
     return own
 
 
-def keep(folder: Path, model: nn.Module, history: list[dict[str, float]]) -> None:
+def store_outcome(folder: Path, model: nn.Module, history: list[dict[str, float]]) -> None:
     """Write a run's outcome, the weights of ``model`` and its ``history``, in place of the checkpoints."""
     with replacing(folder / "trained.safetensors") as part:
         save_model(model, str(part), metadata={"history": json.dumps(history)})
@@ -89,8 +89,8 @@ def keep(folder: Path, model: nn.Module, history: list[dict[str, float]]) -> Non
         shutil.rmtree(checkpoint)
 
 
-def kept(folder: Path, model: nn.Module) -> list[dict[str, float]] | None:
-    """Load into ``model`` what :func:`keep` wrote and give its history; None if the run has not ended."""
+def stored_outcome(folder: Path, model: nn.Module) -> list[dict[str, float]] | None:
+    """Load into ``model`` what :func:`store_outcome` wrote and give its history; None if the run has not ended."""
     path = folder / "trained.safetensors"
     if not path.is_file():
         return None

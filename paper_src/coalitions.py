@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
-from paper_src.processes import ALONE, Ranks
+from paper_src.processes import ALONE, Processes
 from paper_src.store import Evaluation, KeptLayers, Store, View
 
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")
@@ -199,7 +199,7 @@ def shapley(
     shifts: int = 3,
     seed: int = 0,
     least: int = 4,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> ShapleyValues:
     """Shapley values of the layers in the game v(S) = -metric(S), by sampled permutations.
 
@@ -214,7 +214,7 @@ def shapley(
         shifts: cyclic shifts a group.
         seed: of the permutations.
         least: groups before the stopping rule is asked.
-        ranks: who shares the groups; each gives its own evaluators, and all get the values of one process.
+        processes: who shares the groups; each gives its own evaluators, and all get the values of one process.
 
     Raises:
         InputError: fewer than two evaluators, or values that do not sum to v(all) - v(none).
@@ -222,7 +222,7 @@ def shapley(
     groups, gaps, coalitions = [], [], []
     evaluators = (each for each in evaluators) if not hasattr(evaluators, "close") else evaluators
     with closing(evaluators):  # the last one's cost is added then
-        for values, gap, walked in _shapley_groups(evaluators, shifts, Random(seed), ranks):
+        for values, gap, walked in _shapley_groups(evaluators, shifts, Random(seed), processes):
             groups.append(values)
             gaps.append(gap)
             coalitions.append(walked)
@@ -237,16 +237,18 @@ def shapley(
 Group = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _shapley_groups(evaluators: Iterable[Evaluator], shifts: int, generator: Random, ranks: Ranks) -> Iterator[Group]:
+def _shapley_groups(
+    evaluators: Iterable[Evaluator], shifts: int, generator: Random, processes: Processes
+) -> Iterator[Group]:
     """Groups in the order of their permutations, whichever rank worked one out."""
     evaluators = iter(evaluators)
     while True:
         own = None
         if (evaluator := next(evaluators, None)) is not None:
             depth = evaluator.depth
-            orders = [generator.sample(range(depth), depth) for _ in range(ranks.world)]
-            own = _shapley_group(evaluator, shifts, orders[ranks.rank])
-        found = [group for group in ranks.gathered(own) if group is not None]
+            orders = [generator.sample(range(depth), depth) for _ in range(processes.world)]
+            own = _shapley_group(evaluator, shifts, orders[processes.rank])
+        found = [group for group in processes.gathered(own) if group is not None]
         if not found:
             return
         yield from found

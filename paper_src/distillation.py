@@ -15,13 +15,12 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError, fidelity
-from paper_src.checkpoints import FirstLook, OneDevice, claim, keep, seconds_before
-from paper_src.checkpoints import kept as outcome
+from paper_src.checkpoints import FirstLook, OneDevice, run_folder, seconds_before, store_outcome, stored_outcome
 from paper_src.models import last_hidden, logits_of
 
 
 @dataclass
-class Settings:
+class Distillation:
     """How to distil.
 
     Attributes:
@@ -78,7 +77,7 @@ def distil(
     blocks: Tensor,
     validation: fidelity.Reference,
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Distillation | None = None,
     kept: Sequence[int] = (),
     progress: Callable | None = None,
 ) -> Distilled:
@@ -101,14 +100,14 @@ def distil(
     Raises:
         InputError: the loss turns NaN or Inf (the last good checkpoint stays), or less than a batch of blocks.
     """
-    settings = settings or Settings()
+    settings = settings or Distillation()
     if len(blocks) < settings.batch_size:
         raise InputError(f"{len(blocks)} blocks in batches of {settings.batch_size}: give at least one batch")
-    folder = claim(Path(folder), [blocks, validation.blocks, *student.parameters()], asdict(settings))
+    folder = run_folder(Path(folder), [blocks, validation.blocks, *student.parameters()], asdict(settings))
     model, finish = _trainable(student, settings)
-    if (history := outcome(folder, model)) is None:
+    if (history := stored_outcome(folder, model)) is None:
         history = _fit(full, model, blocks, validation, folder, settings, kept, progress)
-        keep(folder, model, history)
+        store_outcome(folder, model, history)
     if history[0]["kl_nats"] <= min(row["kl_nats"] for row in history[1:]):  # the first look is before any step
         return Distilled(student, history)
     return Distilled(finish(model).to(student.dtype).eval(), history)
@@ -116,7 +115,7 @@ def distil(
 
 def _fit(
     full: PreTrainedModel, model: PreTrainedModel, blocks: Tensor, validation: fidelity.Reference, folder: Path,
-    settings: Settings, kept: Sequence[int], progress: Callable | None,
+    settings: Distillation, kept: Sequence[int], progress: Callable | None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train ``model`` in place, to its best state on validation text; the looks at that."""
     trainer = Distiller(full, validation, settings, kept, progress, model=model, train_dataset=_Blocks(blocks),
@@ -129,7 +128,7 @@ def _fit(
             for row in trainer.state.log_history if "eval_kl_nats" in row]  # fmt: skip
 
 
-def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Settings) -> OneDevice:
+def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Distillation) -> OneDevice:
     steps = blocks // settings.batch_size * settings.epochs
     return OneDevice(
         output_dir=str(folder),
@@ -159,7 +158,7 @@ def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Setti
     )
 
 
-def _trainable(student: PreTrainedModel, settings: Settings) -> tuple[PreTrainedModel, Callable]:
+def _trainable(student: PreTrainedModel, settings: Distillation) -> tuple[PreTrainedModel, Callable]:
     """A float32 copy of ``student`` whose trained parameters have gradients, and what makes it plain again."""
     model = copy.deepcopy(student).float().requires_grad_(True)
     if not settings.train_embeddings:
@@ -212,7 +211,7 @@ class Distiller(Trainer):
         self,
         teacher: PreTrainedModel,
         validation: fidelity.Reference,
-        settings: Settings,
+        settings: Distillation,
         kept: Sequence[int],
         progress: Callable | None,
         **arguments,
@@ -230,7 +229,7 @@ class Distiller(Trainer):
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
     ) -> Tensor:
-        """The weighted sum of :class:`Settings`, averaged over tokens."""
+        """The weighted sum of :class:`Distillation`, averaged over tokens."""
         ids, use = inputs["input_ids"], self.settings
         wanted = {"input_ids": ids, "use_cache": False, "output_hidden_states": use.states > 0}
         with torch.no_grad():

@@ -13,7 +13,7 @@ from paper_src import InputError
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process's number among ``world``; alone by default, and then nothing is sent."""
 
     rank: int = 0
@@ -51,4 +51,4 @@ class Ranks:
         return tensor
 
 
-ALONE = Ranks()
+ALONE = Processes()

@@ -18,7 +18,7 @@ from paper_src import InputError, NotSupported
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner, StandIn
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
-from paper_src.processes import ALONE, Ranks
+from paper_src.processes import ALONE, Processes
 
 FORMS = ("down_proj", "mlp_map", "linear", "diagonal")
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)
@@ -26,7 +26,7 @@ HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by
 
 
 @dataclass
-class Moments:
+class NormalEquations:
     """Weighted second moments of features x (F,) and what they must add, y (d,): all that least squares needs.
 
     Sums are in float64 and take the same memory for any number of tokens.
@@ -38,7 +38,7 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, features: int, width: int, device: torch.device) -> "Moments":
+    def empty(cls, features: int, width: int, device: torch.device) -> "NormalEquations":
         """No tokens yet."""
         return cls(*(torch.zeros(features, n, dtype=torch.float64, device=device) for n in (features, width)))
 
@@ -50,14 +50,14 @@ class Moments:
         self.yy += float(y.double().square().sum())
         self.tokens += len(x)
 
-    def over(self, ranks: Ranks) -> "Moments":
-        """The sums of all ranks."""
+    def over(self, processes: Processes) -> "NormalEquations":
+        """The sums of all processes."""
         scalars = torch.tensor([self.yy, self.tokens], dtype=torch.float64, device=self.xx.device)
-        yy, tokens = ranks.summed(scalars).tolist()
-        return Moments(ranks.summed(self.xx), ranks.summed(self.xy), yy, round(tokens))
+        yy, tokens = processes.summed(scalars).tolist()
+        return NormalEquations(processes.summed(self.xx), processes.summed(self.xy), yy, round(tokens))
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in ("xx", "xy", "yy", "tokens")))
+    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+        return NormalEquations(*(getattr(self, name) + getattr(other, name) for name in ("xx", "xy", "yy", "tokens")))
 
     def solve(self, ridge: float, diagonal: bool = False) -> Tensor:
         """(F, d) argmin over D of E |y - x D|^2 + ridge * sum over features f of E x_f^2 |D_f|^2; or D diagonal.
@@ -104,7 +104,7 @@ def closed_form(
     reach: str = "gaps",
     batch_size: int = 8,
     progress: Callable = iter,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> Recovered:
     """The compact model of ``kept``, refitted so that its states follow the full model's.
 
@@ -136,7 +136,7 @@ def closed_form(
             squares takes away what it cannot predict.
         batch_size: blocks a step.
         progress: wraps the iterable of kept layers.
-        ranks: who shares the batches of ``blocks``; all get the same model.
+        processes: who shares the batches of ``blocks``; all get the same model.
 
     Raises:
         InputError: unknown form or reach, or too few blocks.
@@ -151,7 +151,7 @@ def closed_form(
     result = Recovered(small, blocks.numel())
     bounds = [*kept, len(decoder_layers(full))]
     with tempfile.TemporaryDirectory() as folder:
-        walk = _Walk(full, small, blocks.to(full.device), batch_size, Path(folder), ranks)
+        walk = _Walk(full, small, blocks.to(full.device), batch_size, Path(folder), processes)
         for position in progress(range(len(kept))):
             stop = bounds[position + 1]
             cut = stop > bounds[position] + 1 if reach == "gaps" else stop > position + 1
@@ -167,7 +167,9 @@ def closed_form(
     return result
 
 
-def _solved(fitted: Moments, held_out: Moments, diagonal: bool) -> tuple[Tensor, tuple[float, float, float]]:
+def _solved(
+    fitted: NormalEquations, held_out: NormalEquations, diagonal: bool
+) -> tuple[Tensor, tuple[float, float, float]]:
     """The solution on all tokens at the best ridge; that ridge, and the held-out error before and after."""
     errors = {ridge: held_out.error(fitted.solve(ridge, diagonal)) for ridge in RIDGES}
     ridge = min(errors, key=errors.get)
@@ -235,12 +237,18 @@ class _Walk:
     """Both models side by side, layer after layer over all blocks; states (N, T, width) lie in files."""
 
     def __init__(
-        self, full: PreTrainedModel, small: PreTrainedModel, blocks: Tensor, batch_size: int, folder: Path, ranks: Ranks
+        self,
+        full: PreTrainedModel,
+        small: PreTrainedModel,
+        blocks: Tensor,
+        batch_size: int,
+        folder: Path,
+        processes: Processes,
     ):
         self.teacher, self.student = LayerRunner(full), LayerRunner(small)
         batches = blocks.split(batch_size)
-        self.numbers = ranks.mine(range(len(batches)))  # of this rank's batches among all
-        self.blocks, self.folder, self.ranks = torch.cat(ranks.mine(batches)), folder, ranks
+        self.numbers = processes.mine(range(len(batches)))  # of this process's batches among all
+        self.blocks, self.folder, self.processes = torch.cat(processes.mine(batches)), folder, processes
         blocks = self.blocks
         self.parts = [slice(low, low + batch_size) for low in range(0, len(blocks), batch_size)]
         self.reached = 0
@@ -249,9 +257,9 @@ class _Walk:
             for name in ("full", "small"):
                 self._put(name, part, self.teacher.embedded(blocks[part]))
 
-    def advance(self, position: int, stop: int, tap: Tap | None) -> tuple[Moments, Moments]:
+    def advance(self, position: int, stop: int, tap: Tap | None) -> tuple[NormalEquations, NormalEquations]:
         """Move the compact model over its layer ``position`` and the full one to before layer ``stop``."""
-        moments: list[Moments] = []
+        moments: list[NormalEquations] = []
         for number, part in zip(self.numbers, self.parts, strict=True):
             ids = self.blocks[part]
             target = self.teacher.run(ids, self._get("full", part), self.reached, stop)
@@ -267,10 +275,10 @@ class _Walk:
                 self._put("features", part, features)
                 x, y, t = (states.flatten(0, 1).float() for states in (features, target.float() - own, target))
                 if not moments:
-                    moments = [Moments.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
+                    moments = [NormalEquations.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
                 moments[number % HELD_OUT == 1].add(x, y, 1 / t.square().sum(-1))
         self.reached = stop
-        return [each.over(self.ranks) for each in moments]
+        return [each.over(self.processes) for each in moments]
 
     def correct(self, tap: Tap, solution: Tensor) -> None:
         """Build the correction into the layer and into the states behind it."""

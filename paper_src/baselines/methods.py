@@ -72,7 +72,7 @@ class Bench:
     workloads: Sequence[timing.Workload]
     rounds: int
     folder: Path
-    settings: distillation.Settings
+    settings: distillation.Distillation
     zero_shot_k: Sequence[int] = ()
     spent: dict[str, float] = field(default_factory=dict)
 

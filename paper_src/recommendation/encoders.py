@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
-from paper_src.checkpoints import FirstLook, OneDevice, claim, keep, kept, seconds_before
+from paper_src.checkpoints import FirstLook, OneDevice, run_folder, seconds_before, store_outcome, stored_outcome
 from paper_src.recommendation.ranking import Scorer, metrics_of, ranks
 
 IGNORED = -100
@@ -200,11 +200,11 @@ def train(
     products = torch.bfloat16 if settings.bfloat16 else torch.float32
     model = SequenceModel(body, vectors, settings.residual, products).to(settings.device)
     data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
-    folder = claim(Path(folder), [*data, *model.parameters()], asdict(settings))
-    if (history := kept(folder, model)) is not None:
+    folder = run_folder(Path(folder), [*data, *model.parameters()], asdict(settings))
+    if (history := stored_outcome(folder, model)) is not None:
         return model.eval(), history
     history = _fit(model, rows, validation, folder, settings, progress)
-    keep(folder, model, history)
+    store_outcome(folder, model, history)
     return model.eval(), history
 
 

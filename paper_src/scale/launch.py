@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
-from paper_src.processes import ALONE, Ranks
+from paper_src.processes import ALONE, Processes
 
 
 @contextmanager
-def started(minutes: float = 30) -> Iterator[Ranks]:
+def started(minutes: float = 30) -> Iterator[Processes]:
     """The ranks of this run: those of the launcher that started it, or this process alone.
 
     Args:
@@ -26,6 +26,6 @@ def started(minutes: float = 30) -> Iterator[Ranks]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        yield Processes(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

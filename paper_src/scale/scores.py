@@ -17,25 +17,27 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, coalitions, data, models, scoring
 from paper_src.files import replacing
-from paper_src.processes import ALONE, Ranks
+from paper_src.processes import ALONE, Processes
 from paper_src.scale import launch
 
 ENDED = "another process of this run has ended: no table was written"
 
 
-def layer_scores(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8, ranks: Ranks = ALONE) -> pd.DataFrame:
+def layer_scores(
+    model: PreTrainedModel, blocks: Tensor, batch_size: int = 8, processes: Processes = ALONE
+) -> pd.DataFrame:
     """Rows ``layer``, each score of :func:`scoring.score_layers` and its standard error ``<score>_se``.
 
     Args:
         model: the full model, on every rank.
         blocks: (N, T) token ids, the same on every rank.
         batch_size: sequences a step.
-        ranks: who shares the work; the table is the same on each.
+        processes: who shares the work; the table is the same on each.
     """
-    own = scoring.score_layers(model, ranks.mine(blocks), batch_size)
+    own = scoring.score_layers(model, processes.mine(blocks), batch_size)
     found = scoring.LayerScores({}, own.angular, own.parameters)
     for name, rows in own.per_sequence.items():
-        found.add(name, ranks.woven(list(rows)))
+        found.add(name, processes.woven(list(rows)))
     columns = {"layer": np.arange(len(own.parameters))}
     for name in found.per_sequence:
         columns |= {name: found.mean(name), f"{name}_se": found.standard_error(name)}
@@ -43,7 +45,7 @@ def layer_scores(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8, ra
 
 
 def causal_scores(
-    model: PreTrainedModel, blocks: Tensor, shapley_target: float = 0.0, ranks: Ranks = ALONE
+    model: PreTrainedModel, blocks: Tensor, shapley_target: float = 0.0, processes: Processes = ALONE
 ) -> pd.DataFrame:
     """Rows ``layer``, ``leave_one_out`` (nats/token) with its standard error, and Shapley values if they are asked for.
 
@@ -51,15 +53,15 @@ def causal_scores(
         model: the full model, on every rank.
         blocks: (N, T) token ids, the same on every rank; each block is a sample for the standard errors.
         shapley_target: standard error, as a share of the largest value, at which Shapley sampling stops; 0 skips it.
-        ranks: who shares the work; the table is the same on each.
+        processes: who shares the work; the table is the same on each.
     """
-    own = [block[None] for block in ranks.mine(blocks)]
-    rows = np.stack(ranks.woven(coalitions.leave_one_out(coalitions.on_each(model, own))))
+    own = [block[None] for block in processes.mine(blocks)]
+    rows = np.stack(processes.woven(coalitions.leave_one_out(coalitions.on_each(model, own))))
     error = rows.std(axis=0, ddof=1) / len(rows) ** 0.5
     frame = pd.DataFrame({"layer": range(rows.shape[1]), "leave_one_out": rows.mean(axis=0), "leave_one_out_se": error})
     if shapley_target:
         evaluators = coalitions.on_each(model, own, metrics=["nll_capped_nats"])
-        values = coalitions.shapley(evaluators, shapley_target, ranks=ranks)
+        values = coalitions.shapley(evaluators, shapley_target, processes=processes)
         frame = frame.assign(shapley=values.mean[:, 0], shapley_se=values.standard_error[:, 0])
     return frame
 
@@ -91,7 +93,7 @@ def main() -> None:
         _stop(f"{ENDED} ({str(error).splitlines()[0][:120]})")
 
 
-def _run(arguments: argparse.Namespace, shared: Ranks) -> None:
+def _run(arguments: argparse.Namespace, shared: Processes) -> None:
     if arguments.shapley and not arguments.leave_one_out:
         raise InputError("--shapley needs the windows of --leave-one-out: give their number")
     loaded = models.load_model(arguments.model, arguments.dtype, arguments.device)

@@ -19,7 +19,7 @@ from paper_src.baselines import sparsity
 from paper_src.baselines.methods import Bench, Entry, Model
 from paper_src.baselines.size import _zeros, bytes_of, count_of, require_alive
 from paper_src.baselines.zero_shot import zero_shot as answered
-from paper_src.checkpoints import claim
+from paper_src.checkpoints import run_folder
 from paper_src.files import replacing
 from paper_src.models import count_parameters, decoder_layers
 from paper_src.reporting.style import BLUE, GREEN, GREY, PURPLE, RED, SKY, STYLE
@@ -81,7 +81,7 @@ def t7_baselines(
                "methods": [[entry.method, entry.k, list(entry.kept), _digest(entry.source)]
                            for entry in methods]}  # fmt: skip
     texts = [bench.blocks, bench.judge.first.blocks, bench.validation.blocks]
-    kept_rows = claim(bench.folder, [*texts, *bench.full.parameters()], context) / "rows.jsonl"
+    kept_rows = run_folder(bench.folder, [*texts, *bench.full.parameters()], context) / "rows.jsonl"
     rows = [json.loads(line) for line in kept_rows.read_text().splitlines()] if kept_rows.is_file() else []
     if not rows:
         rows = [{"method": "full model", "family": "full", "k": len(decoder_layers(bench.full)), "recovered": False,

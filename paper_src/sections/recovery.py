@@ -321,7 +321,7 @@ def recover(
     more: Tensor,
     validation: fidelity.Reference,
     folder: Path,
-    settings: distillation.Settings,
+    settings: distillation.Distillation,
 ) -> tuple[dict[str, tuple[PreTrainedModel, float, int]], list[dict[str, float]]]:
     """Both stages at one k: stage -> (model, seconds, tokens), each with those before, and the distillation's history.
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from paper_src.checkpoints import OneDevice, claim
+from paper_src.checkpoints import OneDevice, run_folder
 
 
 @pytest.mark.parametrize(("on", "gpus"), [("cpu", 0), ("meta", 1)])
@@ -21,9 +21,9 @@ def test_a_training_stays_where_its_model_is(on, gpus, tmp_path, monkeypatch):
 
 def test_each_run_has_a_folder_of_its_own(tmp_path):
     ones = [torch.ones(3)]
-    first = claim(tmp_path, ones, {"rate": 1})
+    first = run_folder(tmp_path, ones, {"rate": 1})
     assert first.is_dir()
     assert first.parent == tmp_path
-    assert claim(tmp_path, ones, {"rate": 1}) == first
-    others = {claim(tmp_path, ones, {"rate": 2}), claim(tmp_path, [torch.zeros(3)], {"rate": 1})}
+    assert run_folder(tmp_path, ones, {"rate": 1}) == first
+    others = {run_folder(tmp_path, ones, {"rate": 2}), run_folder(tmp_path, [torch.zeros(3)], {"rate": 1})}
     assert len(others | {first}) == 3

@@ -27,7 +27,7 @@ def bench(tmp_path, tokenizer, make_blocks):
     return Bench(
         model, tokenizer, make_blocks(16, 16, vocab=300), judges[0], judges[1].first, [],
         [timing.Workload("prefill_hidden", 1, 8)], 2, tmp_path / "work",
-        distillation.Settings(batch_size=4, evaluate_every=2, learning_rate=1e-3),
+        distillation.Distillation(batch_size=4, evaluate_every=2, learning_rate=1e-3),
     )  # fmt: skip
 
 

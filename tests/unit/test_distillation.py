@@ -10,7 +10,7 @@ import torch
 from conftest import build_model
 
 from paper_src import compaction, distillation, fidelity, models
-from paper_src.distillation import Settings
+from paper_src.distillation import Distillation
 
 KEPT = (0, 3)
 QUICK = {"learning_rate": 1e-2, "evaluate_every": 4}
@@ -24,7 +24,7 @@ def run(folder, full=None, count=96, progress=None, **settings):
     full = full or build_model("llama")
     validation = fidelity.reference(full, blocks(8, seed=1), torch.zeros(32))
     small = compaction.compact(full, KEPT)
-    chosen = Settings(**(QUICK | settings))
+    chosen = Distillation(**(QUICK | settings))
     return distillation.distil(full, small, blocks(count), validation, folder, chosen, KEPT, progress), validation
 
 
@@ -69,7 +69,7 @@ def test_the_loss_has_a_gradient_in_every_trained_weight(tmp_path):
     student = compaction.compact(full, KEPT)
     found = distillation.distil(
         full, student, blocks(8), fidelity.reference(full, blocks(2), torch.zeros(32)), tmp_path,
-        Settings(learning_rate=1e-2, evaluate_every=1, warmup=0.0), KEPT,
+        Distillation(learning_rate=1e-2, evaluate_every=1, warmup=0.0), KEPT,
     )  # fmt: skip
     embeddings = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
     for (name, old), new in zip(student.named_parameters(), found.model.parameters(), strict=True):
@@ -116,7 +116,7 @@ def test_steps_that_make_it_worse_are_not_taken(tmp_path):
     full = build_model("llama")
     whole = compaction.compact(full, range(4))  # nothing is missing
     validation = fidelity.reference(full, blocks(8, seed=1), torch.zeros(32))
-    settings = Settings(learning_rate=0.3, evaluate_every=4)
+    settings = Distillation(learning_rate=0.3, evaluate_every=4)
     assert distillation.distil(full, whole, blocks(64), validation, tmp_path, settings).model is whole
 
 

@@ -37,12 +37,12 @@ def states(model, blocks):
         return models.last_hidden(model, blocks)
 
 
-class TestMoments:
+class TestNormalEquations:
     def test_least_squares_by_brute_force(self):
         generator = torch.Generator().manual_seed(0)
         x, y = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (4, 3))
         weights = torch.rand(50, generator=generator, dtype=torch.float64) + 0.1
-        moments = recovery.Moments.empty(4, 3, torch.device("cpu"))
+        moments = recovery.NormalEquations.empty(4, 3, torch.device("cpu"))
         for low in range(0, 50, 7):
             moments.add(x[low : low + 7], y[low : low + 7], weights[low : low + 7])
         root = weights.sqrt()[:, None]
@@ -56,12 +56,12 @@ class TestMoments:
         )
 
     def test_a_large_ridge_leaves_the_weights_as_they_were(self):
-        moments = recovery.Moments.empty(2, 2, torch.device("cpu"))
+        moments = recovery.NormalEquations.empty(2, 2, torch.device("cpu"))
         moments.add(torch.eye(2), torch.ones(2, 2), torch.ones(2))
         assert moments.solve(1e9).abs().max() < 1e-8
 
     def test_diagonal_solution_by_hand(self):
-        moments = recovery.Moments.empty(2, 2, torch.device("cpu"))
+        moments = recovery.NormalEquations.empty(2, 2, torch.device("cpu"))
         moments.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 9.0], [1.0, 9.0]]), torch.ones(2))
         expected = torch.tensor([4 / 10, 54 / 20], dtype=torch.float64).diag()
         torch.testing.assert_close(moments.solve(0.0, diagonal=True), expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paper_src import processes
-from paper_src.processes import Ranks
+from paper_src.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"
@@ -25,7 +25,7 @@ from paper_src.scale.launch import started
 loaded = models.load_model(sys.argv[1], "float32", "cpu")
 blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train")[0], 37, 32, 0)
 with started() as shared:
-    found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, ranks=shared)
+    found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, processes=shared)
     if shared.rank == 0:
         torch.save({"weights": found.model.state_dict(), "refits": [vars(row) for row in found.refits]}, sys.argv[3])
 """
@@ -85,7 +85,7 @@ def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
 
 
 def test_parts_are_dealt_out_and_woven_back():
-    shares = [Ranks(rank, 3).mine(list(range(7))) for rank in range(3)]
+    shares = [Processes(rank, 3).mine(list(range(7))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
     alone = processes.ALONE
     assert alone.woven(alone.mine([3, 1, 2])) == [3, 1, 2]
@@ -95,10 +95,10 @@ def test_parts_are_dealt_out_and_woven_back():
 
 def test_weaving_puts_every_share_in_its_place(monkeypatch):
     shares = [[0, 3, 6], [1, 4], [2, 5]]
-    monkeypatch.setattr(Ranks, "gathered", lambda self, own: shares)
-    assert Ranks(0, 3).woven([]) == list(range(7))
+    monkeypatch.setattr(Processes, "gathered", lambda self, own: shares)
+    assert Processes(0, 3).woven([]) == list(range(7))
 
 
 def test_more_processes_than_parts_are_refused(refused):
     with refused("2 parts of the text for 3 processes"):
-        Ranks(0, 3).mine([1, 2])
+        Processes(0, 3).mine([1, 2])
