@@ -5,25 +5,27 @@ precision (with a Markdown and a LaTeX copy for reading), a figure is SVG, PDF a
 """
 
 import json
+import os
 import platform
+import re
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from paper_src import InputError
 from paper_src.files import replacing
-from paper_src.models import Loaded
 from paper_src.reporting.parameters import check_types, declared
-from paper_src.timing import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
 SAVED = {"svg.hashsalt": "paper", "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 150}  # asked when saving
@@ -61,6 +63,7 @@ class Section:
 
     def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
         """Write ``frame`` as ``tables/<name>`` .csv, .md and .tex; returns it as it reads back."""
+        self._check(name, "t")
         folder = self.root / "tables"
         short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
         with replacing(folder / f"{name}.csv") as path:
@@ -90,6 +93,7 @@ class Section:
 
     def figure(self, figure: Figure, name: str) -> Figure:
         """Write ``figure`` as ``figures/<name>`` .svg, .pdf and .png, byte for byte the same each time."""
+        self._check(name, "f")
         without_date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
         for form, metadata in without_date.items():
             with replacing(self.root / "figures" / f"{name}.{form}") as path, rc_context(SAVED):
@@ -101,11 +105,11 @@ class Section:
         before, self._lap = self._lap, time.perf_counter()
         return self._lap - before
 
-    def finish(self, loaded: Loaded | None = None, texts: Mapping[str, str] | None = None) -> None:
+    def finish(self, loaded: Any = None, texts: Mapping[str, str] | None = None) -> None:
         """Write ``tables/<notebook>.json``: where these numbers come from; a later run computes all anew.
 
         Args:
-            loaded: the model used, if any.
+            loaded: the model used, if any: its ``name``, ``digest`` and ``model``, of which dtype and device are asked.
             texts: split -> SHA-256 of the text used.
         """
         record = {
@@ -116,14 +120,18 @@ class Section:
             "texts_sha256": dict(texts or {}),
             "git": git_state(),
             "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-            "machine": {"cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
-                        "threads": torch.get_num_threads()},
+            "machine": {"cpu": processor(), "threads": threads()},
             "wall_s": round(time.time() - self.started, 1),
-            "peak_memory_bytes": peak_resident_bytes(),
-        }  # fmt: skip
+            "peak_memory_bytes": peak_bytes(),
+        }
         with replacing(self.root / "tables" / f"{self.name}.json") as path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _check(self, name: str, kind: str) -> None:
+        """A section writes under its own number only, so that it never overwrites another's file or a stranger's."""
+        if not re.fullmatch(rf"{kind}{int(self.name[:2])}_\w+", name):
+            raise InputError(f"{self.name} cannot write {name}: its names begin with {kind}{int(self.name[:2])}_")
 
     def _larger(self, name: str) -> pd.DataFrame:
         """Committed table ``name`` of a run with larger budgets, if that was on the model of this profile."""
@@ -136,8 +144,31 @@ class Section:
 
     def _maker(self, table: str) -> str:
         """Name of the notebook that writes ``table``: t3_speed is made by 03_..."""
-        found = sorted(Path().glob(f"0{table[1]}_*.ipynb"))
+        number = int(re.match(r"t(\d+)_", table).group(1))
+        found = sorted(Path().glob(f"{number:02d}_*.ipynb"))
         return found[0].stem if found else "01_importance"
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def threads() -> int:
+    """Threads that a tensor operation may use: torch's number where the notebook uses torch."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else os.cpu_count() or 1
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux kilobytes
 
 
 def git_state() -> dict[str, object]:

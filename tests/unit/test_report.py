@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import nbformat
 import pandas as pd
@@ -131,3 +133,16 @@ def test_what_a_killed_run_left_of_its_own_is_cleared(section):
 def test_kept_text_round_trip():
     assert selection.kept_tuple(selection.kept_text((0, 3, 12))) == (0, 3, 12)
     assert selection.kept_tuple(7) == (7,)  # pandas reads a column of single layers as integers
+
+
+def test_a_section_writes_under_its_own_number_only(section, refused):
+    with refused("01_demo cannot write t2_demo: its names begin with t1_"):
+        section.table(pd.DataFrame({"k": [1]}), "t2_demo")
+    with refused("01_demo cannot write ../f1_demo"):
+        section.figure(plt.figure(), "../f1_demo")
+
+
+def test_reporting_needs_neither_torch_nor_the_method():
+    code = "import sys\nfrom paper_src.reporting import section, run, page, progress\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
