@@ -1,68 +1,114 @@
-"""What the trainings share: one device, and folders that belong to one run, so that a killed one goes on."""
+"""What the trainings share: one device, looks at validation text, and a folder for each run, so that it can go on."""
 
 import hashlib
 import json
-import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
 from paper_src.files import replacing
 
 
-class FirstLook(TrainerCallback):
-    """An evaluation before the first step of a run that does not go on from a checkpoint."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **others) -> None:
-        if state.global_step == 0:
-            self.trainer.evaluate()
-
-
-def seconds_before(state: TrainerState) -> float:
-    """Training seconds at the last evaluation in the log, 0 where there is none."""
-    return next((row["eval_seconds"] for row in state.log_history[::-1] if "eval_seconds" in row), 0.0)
-
-
 @dataclass
 class OneDevice(TrainingArguments):
-    """Arguments of a Trainer that stays on the device ``on``, where its model is.
+    """Arguments of a quiet Trainer that ends at its best state, and stays on the device ``on``, where its model is.
 
     By itself a Trainer takes the first GPU, and all there are for copies of the model.
     """
 
     on: str = "cpu"
+    load_best_model_at_end: bool = True
+    restore_callback_states_from_checkpoint: bool = True  # that of early stopping
+    remove_unused_columns: bool = False
+    logging_strategy: str = "no"
+    report_to: str = "none"
+    disable_tqdm: bool = True
 
     def __post_init__(self) -> None:
         self.use_cpu = torch.device(self.on).type == "cpu"
         super().__post_init__()
+        if super().device.type == "cuda":  # which sets the first GPU, and accelerate takes the one that is set
+            torch.cuda.set_device(self.on)
 
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        own = os.environ.get("ACCELERATE_TORCH_DEVICE")
-        os.environ["ACCELERATE_TORCH_DEVICE"] = self.on  # accelerate asks nothing else
-        try:
-            super()._setup_devices  # noqa: B018 (a property that sets up accelerate)
-        finally:
-            os.environ.pop("ACCELERATE_TORCH_DEVICE")
-            if own is not None:
-                os.environ["ACCELERATE_TORCH_DEVICE"] = own
-        self._n_gpu = int(not self.use_cpu)
-        device = torch.device(self.on)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.on)
+
+    @property
+    def n_gpu(self) -> int:
+        return int(not self.use_cpu)
+
+
+class WatchedTrainer(Trainer):
+    """A Trainer whose evaluation is :meth:`measure`, done before the first step and after the last as well.
+
+    It stops after ``patience`` looks without progress. ``spent`` adds up the seconds of its steps, those before a
+    resumption as well.
+    """
+
+    def __init__(self, patience: int, **arguments):
+        super().__init__(callbacks=[EarlyStoppingCallback(patience), _Watch(self)], **arguments)
+        self.remove_callback(PrinterCallback)
+        self.spent = 0.0
+
+    def measure(self) -> dict[str, float]:
+        """Name -> value on validation data, the one to choose the best state by among them."""
+        raise NotImplementedError
+
+    def fit(self, *columns: str) -> list[dict[str, float]]:
+        """Train, from the last checkpoint if there is one; ``columns`` of each look."""
+        self.train(resume_from_checkpoint=get_last_checkpoint(self.args.output_dir))
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off its forward
+        looks = [row for row in self.state.log_history if "eval_seconds" in row]
+        # the log of a resumed run has another order
+        return [{name: row[name if name in row else f"eval_{name}"] for name in columns} for row in looks]
+
+    def evaluate(self, *ignored, **also_ignored) -> dict[str, float]:
+        """What :meth:`measure` gives; an evaluation, for callbacks and checkpoints, like any other."""
+        self.model.eval()
+        metrics = {f"eval_{name}": value for name, value in self.measure().items()}
+        self.log(metrics | {"eval_seconds": self.spent})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def finite(self, loss: Tensor) -> Tensor:
+        """``loss``; InputError if it is NaN or Inf."""
+        if torch.isfinite(loss):
+            return loss
+        raise InputError(
+            f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate; "
+            f"the last good state is in {self.args.output_dir}"
+        )
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, trainer: WatchedTrainer):
+        self.trainer, self.begun = trainer, 0.0
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        looks = [row["eval_seconds"] for row in state.log_history if "eval_seconds" in row]
+        self.trainer.spent = looks[-1] if looks else 0.0
+        if state.global_step == 0:
+            self.trainer.evaluate()
+
+    def on_step_begin(self, args, state, control, **others) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **others) -> None:
+        self.trainer.spent += time.perf_counter() - self.begun
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":  # an epoch's end is a look anyway
+            control.should_evaluate = True
 
 
 def run_folder(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> Path:

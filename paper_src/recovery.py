@@ -2,6 +2,11 @@
 
 A kept layer that stands before a gap is refitted so that the state it hands on follows the full model's state
 at the next kept layer. Layer after layer, on the compact model's own states, so that errors do not pile up.
+
+With h the state after a kept layer, t the full model's state before the next kept layer and x features of the
+layer, x D is added to h, where D minimizes E |t - h - x D|^2 / |t|^2 + ridge |D|^2. Tokens are weighted by 1 / |t|^2
+because the next layer normalizes its input, and because the few attention sinks, whose norms are in the thousands,
+would decide everything otherwise. The ridge pulls towards the weights as they were.
 """
 
 import tempfile
@@ -20,9 +25,63 @@ from paper_src.layers import LayerRunner, StandIn
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
 from paper_src.processes import ALONE, Processes
 
-FORMS = ("down_proj", "mlp_map", "linear", "diagonal")
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)
 HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is refitted, and how: x D is added to the state of a layer with features x."""
+
+    title: str
+    source: str  # paper, and how this differs
+    module: Callable[[nn.Module], nn.Module]  # layer -> the module at whose call the features are seen
+    features: Callable[[nn.Module, Tensor, Tensor], Tensor]  # that module, its input, its output -> x (B, T, F)
+    build_: Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]  # layer, D (F, d) -> layer with D in it, D rounded
+    diagonal: bool = False  # so is D
+    standard: bool = True  # no parameter is added: the model is a standard checkpoint
+
+
+class Mapped(StandIn):
+    """A layer with a matrix behind it: h + h D."""
+
+    def __init__(self, layer: nn.Module, matrix: Tensor):
+        super().__init__(layer)
+        self.matrix = nn.Parameter(matrix, requires_grad=False)
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
+        output = self.layer(hidden, *args, **kwargs)
+        state = output[0] if isinstance(output, tuple) else output
+        state = state + state @ self.matrix
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def _into_writer_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
+    return layer, add_to_weight_(mlp_writer(layer), solution)
+
+
+def _through_writer_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
+    writer = mlp_writer(layer)
+    add_to_weight_(writer, in_by_out(writer).double() @ solution)
+    return layer, solution.float()
+
+
+def _behind_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
+    mapped = Mapped(layer, solution.to(next(layer.parameters()).dtype))
+    return mapped, mapped.matrix.float()
+
+
+_BEHIND = {"module": lambda layer: layer, "features": lambda layer, into, out: out, "build_": _behind_}
+FORMS = {
+    "down_proj": Form("last MLP matrix, W + D'", "this paper", mlp_writer, lambda _, into, out: into, _into_writer_),
+    "mlp_map": Form(
+        "map of the MLP's output, (I + D)' W", "ReplaceMe, arXiv:2505.02819, with weights and the compact states here",
+        mlp_writer, lambda writer, into, out: out if writer.bias is None else out - writer.bias, _through_writer_,
+    ),
+    "linear": Form("matrix behind the layer, d^2 parameters", "as ghosted layers", standard=False, **_BEHIND),
+    "diagonal": Form("factor per channel, d parameters", "LinearPatch, arXiv:2505.24680, without its Hadamard basis",
+                     diagonal=True, standard=False, **_BEHIND),
+}  # fmt: skip
 
 
 @dataclass
@@ -70,225 +129,144 @@ class NormalEquations:
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + (ridge * own).diag()))
 
     def error(self, solution: Tensor) -> float:
-        """E |y - x D|^2, a token."""
+        """E |y - x D|^2 per token."""
         fitted = (solution * (self.xx @ solution - 2 * self.xy)).sum()
         return float(fitted + self.yy) / self.tokens
 
 
 @dataclass
-class Refit:
-    """One refitted layer: held-out error E |y - x D|^2 / |t|^2 before (D = 0) and after, and the ridge."""
-
-    layer: int
-    ridge: float
-    error_before: float
-    error_after: float
-
-
-@dataclass
 class Recovered:
-    """A repaired compact model; ``added`` counts parameters that a standard checkpoint does not have."""
+    """A repaired compact model.
+
+    Attributes:
+        refits: rows ``layer``, ``ridge``, ``error_before`` (D = 0), ``error_after``: held-out E |y - x D|^2 / |t|^2.
+        added: number of parameters that a standard checkpoint does not have.
+    """
 
     model: PreTrainedModel
     tokens: int
-    refits: list[Refit] = field(default_factory=list)
+    refits: list[dict[str, float]] = field(default_factory=list)
     added: int = 0
 
 
 @torch.no_grad()
 def closed_form(
-    full: PreTrainedModel,
-    kept: Sequence[int],
-    blocks: Tensor,
-    form: str = "down_proj",
-    reach: str = "gaps",
-    batch_size: int = 8,
-    progress: Callable = iter,
-    processes: Processes = ALONE,
-) -> Recovered:
-    """The compact model of ``kept``, refitted so that its states follow the full model's.
+    full: PreTrainedModel, kept: Sequence[int], blocks: Tensor, form: str = "down_proj", reach: str = "gaps",
+    batch_size: int = 8, progress: Callable = iter, processes: Processes = ALONE,
+) -> Recovered:  # fmt: skip
+    """The compact model of ``kept``, refitted on ``blocks`` (N, T); it shares the other weights with ``full``.
 
-    With h the state after a kept layer, t the full model's state before the next kept layer and x features of
-    the layer, x D is added to h, where D minimizes E |t - h - x D|^2 / |t|^2 + ridge |D|^2. Tokens are weighted
-    by 1 / |t|^2 because the next layer normalizes its input, and because the few attention sinks, whose norms are
-    in the thousands, would decide everything otherwise. The ridge pulls towards the weights as they were; of
-    ``RIDGES`` the one with the least error on held-out batches is taken.
-
-    Forms, by their features x:
-
-    - ``down_proj``: the activations that enter the MLP's last matrix, W <- W + D'. Adds no parameter.
-    - ``mlp_map``: the MLP's output, W <- (I + D)' W (ReplaceMe, arXiv:2505.02819; there with uniform weights and
-      on the full model's states). Adds no parameter.
-    - ``linear``: h itself, a full matrix behind the layer (as in ghosted layers). Adds d^2 parameters a layer and
-      is no standard checkpoint.
-    - ``diagonal``: h itself, one factor a channel (LinearPatch, arXiv:2505.24680, without its Hadamard basis).
-
-    Cost: one pass of the full model's layers over ``blocks``, one of the compact model's, and the solves. States
-    are kept in scratch files, so that memory does not grow with the number of tokens.
+    Cost: one pass of each model over ``blocks``, and the solves. States lie in files: memory does not grow with N T.
 
     Args:
-        full: the full model; it is not changed, and shares with the result all that is not refitted.
-        kept: increasing layer indices.
-        blocks: (N, T) token ids, calibration text.
         form: one of ``FORMS``.
         reach: ``gaps`` refits the layers before a gap, ``all`` also the kept layers behind the first gap, whose
             input is no longer the full model's. That brings states nearer and, as measured, perplexity up: least
             squares takes away what it cannot predict.
-        batch_size: blocks a step.
-        progress: wraps the iterable of kept layers.
         processes: who shares the batches of ``blocks``; all get the same model.
 
     Raises:
-        InputError: unknown form or reach, or too few blocks.
+        InputError: unknown form or reach, or less than two batches of blocks.
         NotSupported: a layer does not add its MLP's output to its input as it is (Gemma 2, OLMo 2).
     """
     if form not in FORMS or reach not in ("all", "gaps"):
-        raise InputError(f"form {form!r}, reach {reach!r}: use one of {FORMS}, and 'all' or 'gaps'")
+        raise InputError(f"form {form!r}, reach {reach!r}: use one of {tuple(FORMS)}, and 'all' or 'gaps'")
     if len(blocks) < 2 * batch_size:
         raise InputError(f"{len(blocks)} blocks in batches of {batch_size}: give 2 batches, to fit and to hold out")
-    small = compact(full, kept)
+    how, small = FORMS[form], compact(full, kept)
     path, layers = locate_layers(small)
-    result = Recovered(small, blocks.numel())
-    bounds = [*kept, len(decoder_layers(full))]
+    result, bounds = Recovered(small, blocks.numel()), [*kept, len(decoder_layers(full))]
     with tempfile.TemporaryDirectory() as folder:
-        walk = _Walk(full, small, blocks.to(full.device), batch_size, Path(folder), processes)
+        walk = _Walk((full, small), blocks.to(full.device), batch_size, Path(folder), processes)
         for position in progress(range(len(kept))):
             stop = bounds[position + 1]
             cut = stop > bounds[position] + 1 if reach == "gaps" else stop > position + 1
-            tap = Tap(layers[position], form) if cut else None
-            moments = walk.advance(position, stop, tap)
-            if tap:
-                solution, row = _solved(*moments, form == "diagonal")
-                walk.correct(tap, solution)
-                result.refits.append(Refit(kept[position], *row))
-                if tap.mapped:
-                    small.set_submodule(f"{path}.{position}", tap.mapped)
-                    result.added += tap.mapped.added
+            sums = walk.advance(position, stop, layers[position], how if cut else None)
+            if cut:
+                solution, row = _solved(*sums, how.diagonal)
+                small.set_submodule(f"{path}.{position}", walk.correct(layers[position], how, solution))
+                result.refits.append({"layer": kept[position], **row})
+                if not how.standard:
+                    result.added += len(solution) if how.diagonal else solution.numel()
     return result
 
 
-def _solved(
-    fitted: NormalEquations, held_out: NormalEquations, diagonal: bool
-) -> tuple[Tensor, tuple[float, float, float]]:
-    """The solution on all tokens at the best ridge; that ridge, and the held-out error before and after."""
+def _solved(fitted: NormalEquations, held_out: NormalEquations, diagonal: bool) -> tuple[Tensor, dict[str, float]]:
+    """The solution on all tokens at the best of ``RIDGES``, and its row of ``Recovered.refits``."""
     errors = {ridge: held_out.error(fitted.solve(ridge, diagonal)) for ridge in RIDGES}
-    ridge = min(errors, key=errors.get)
-    before = held_out.error(torch.zeros_like(held_out.xy))
+    ridge, none = min(errors, key=errors.get), torch.zeros_like(held_out.xy)
+    before = held_out.error(none)
     if errors[ridge] >= before:  # nothing that holds on other text
-        return torch.zeros_like(held_out.xy), (float("inf"), before, before)
-    return (fitted + held_out).solve(ridge, diagonal), (ridge, before, errors[ridge])
+        return none, {"ridge": float("inf"), "error_before": before, "error_after": before}
+    row = {"ridge": ridge, "error_before": before, "error_after": errors[ridge]}
+    return (fitted + held_out).solve(ridge, diagonal), row
 
 
-class Mapped(StandIn):
-    """A layer with a matrix behind it: h + h D."""
+@contextmanager
+def _watched(layer: nn.Module, form: Form | None) -> Iterator[list[Tensor]]:
+    """Gets the features of each call of ``layer``; none without a form."""
+    seen: list[Tensor] = []
 
-    def __init__(self, layer: nn.Module, matrix: Tensor, added: int):
-        super().__init__(layer)
-        self.added = added
-        self.matrix = nn.Parameter(matrix, requires_grad=False)
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> None:
+        seen.append(form.features(module, inputs[0], output[0] if isinstance(output, tuple) else output))
 
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
-        output = self.layer(hidden, *args, **kwargs)
-        state = output[0] if isinstance(output, tuple) else output
-        state = state + state @ self.matrix
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-
-class Tap:
-    """Where a layer's features are read, and where its correction goes."""
-
-    def __init__(self, layer: nn.Module, form: str):
-        self.layer, self.form = layer, form
-        self.of_layer = form in ("linear", "diagonal")
-        self.mapped: Mapped | None = None
-        self.features: Tensor | None = None
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Inside, ``features`` (N, T, F) are those of the layer's last call."""
-
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> None:
-            features = inputs[0] if self.form == "down_proj" else output
-            features = features[0] if isinstance(features, tuple) else features
-            bias = getattr(module, "bias", None) if self.form == "mlp_map" else None
-            self.features = features if bias is None else features - bias
-
-        hook = (self.layer if self.of_layer else mlp_writer(self.layer)).register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def correct(self, solution: Tensor) -> Tensor:
-        """Build the correction into the layer; returns it (F, d) as it is after rounding to the layer's dtype."""
-        if self.of_layer:
-            dtype = next(self.layer.parameters()).dtype
-            count = len(solution) if self.form == "diagonal" else solution.numel()
-            self.mapped = Mapped(self.layer, solution.to(dtype), count)
-            return self.mapped.matrix.float()
-        writer = mlp_writer(self.layer)
-        if self.form == "down_proj":
-            return add_to_weight_(writer, solution)
-        add_to_weight_(writer, in_by_out(writer).double() @ solution)
-        return solution.float()
+    with form.module(layer).register_forward_hook(look) if form else nullcontext():  # a hook's handle is a context
+        yield seen
 
 
 class _Walk:
     """Both models side by side, layer after layer over all blocks; states (N, T, width) lie in files."""
 
     def __init__(
-        self,
-        full: PreTrainedModel,
-        small: PreTrainedModel,
-        blocks: Tensor,
-        batch_size: int,
-        folder: Path,
-        processes: Processes,
+        self, models: tuple[PreTrainedModel, ...], blocks: Tensor, batch_size: int, folder: Path, processes: Processes
     ):
-        self.teacher, self.student = LayerRunner(full), LayerRunner(small)
+        self.teacher, self.student = map(LayerRunner, models)
         batches = blocks.split(batch_size)
         self.numbers = processes.mine(range(len(batches)))  # of this process's batches among all
         self.blocks, self.folder, self.processes = torch.cat(processes.mine(batches)), folder, processes
-        blocks = self.blocks
-        self.parts = [slice(low, low + batch_size) for low in range(0, len(blocks), batch_size)]
+        self.parts = [slice(low, low + batch_size) for low in range(0, len(self.blocks), batch_size)]
         self.reached = 0
         self.states: dict[str, Tensor] = {}
         for part in self.parts:
             for name in ("full", "small"):
-                self._put(name, part, self.teacher.embedded(blocks[part]))
+                self._put(name, part, self.teacher.embedded(self.blocks[part]))
 
-    def advance(self, position: int, stop: int, tap: Tap | None) -> tuple[NormalEquations, NormalEquations]:
-        """Move the compact model over its layer ``position`` and the full one to before layer ``stop``."""
-        moments: list[NormalEquations] = []
+    def advance(self, position: int, stop: int, layer: nn.Module, form: Form | None) -> list[NormalEquations] | None:
+        """Move the compact model over its layer ``position``, the full one to before layer ``stop``.
+
+        With a form: the normal equations of the batches to fit on, and of those held out.
+        """
+        sums: list[NormalEquations] = []
         for number, part in zip(self.numbers, self.parts, strict=True):
             ids = self.blocks[part]
             target = self.teacher.run(ids, self._get("full", part), self.reached, stop)
             before = self._get("small", part).clone()
-            with tap.reading() if tap else nullcontext():
+            with _watched(layer, form) as seen:
                 own = self.student.run(ids, before, position, position + 1)
             self._put("full", part, target)
             self._put("small", part, own)
-            if tap:
+            if form:
                 if part is self.parts[0]:
                     self.check = (ids, position, before)
-                features = tap.features.reshape(*ids.shape, -1)  # some families flatten them
+                features = seen[-1].reshape(*ids.shape, -1)  # some families flatten them
                 self._put("features", part, features)
                 x, y, t = (states.flatten(0, 1).float() for states in (features, target.float() - own, target))
-                if not moments:
-                    moments = [NormalEquations.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
-                moments[number % HELD_OUT == 1].add(x, y, 1 / t.square().sum(-1))
+                if not sums:
+                    sums = [NormalEquations.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
+                sums[number % HELD_OUT == 1].add(x, y, 1 / t.square().sum(-1))
         self.reached = stop
-        return [each.over(self.processes) for each in moments]
+        return [each.over(self.processes) for each in sums]
 
-    def correct(self, tap: Tap, solution: Tensor) -> None:
-        """Build the correction into the layer and into the states behind it."""
-        matrix = tap.correct(solution)
+    def correct(self, layer: nn.Module, form: Form, solution: Tensor) -> nn.Module:
+        """``layer`` with the correction in it, which goes into the states behind it as well."""
+        layer, matrix = form.build_(layer, solution)
         for part in self.parts:
             own, x = self._get("small", part), self._get("features", part)
             self._put("small", part, own + (x.float() @ matrix).to(own.dtype))
         self.states.pop("features")
-        if not tap.of_layer:
+        if form.standard:
             self._require_additive()
+        return layer
 
     def _require_additive(self) -> None:
         """Raise unless the corrected layer really gives what the algebra says."""
@@ -307,7 +285,6 @@ class _Walk:
     def _put(self, name: str, part: slice, states: Tensor) -> None:
         if name not in self.states:
             shape = (len(self.blocks), *states.shape[1:])
-            file = str(self.folder / name)
-            size = shape[0] * shape[1] * shape[2]
-            self.states[name] = torch.from_file(file, shared=True, size=size, dtype=states.dtype).view(shape)
+            file = {"filename": str(self.folder / name), "shared": True, "size": torch.Size(shape).numel()}
+            self.states[name] = torch.from_file(**file, dtype=states.dtype).view(shape)
         self.states[name][part] = states.cpu()

@@ -28,7 +28,7 @@ def run(folder, full=None, count=96, progress=None, **settings):
     return distillation.distil(full, small, blocks(count), validation, folder, chosen, KEPT, progress), validation
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl": 0.0}, {"states": 1.0}, {"train_embeddings": True}, {"lora_rank": 4}])
+@pytest.mark.parametrize("settings", [{}, {"kl": 0.0}, {"states": 1.0}])
 def test_it_comes_nearer_to_the_teacher(tmp_path, settings):
     full = build_model("llama")
     before = {name: value.clone() for name, value in full.state_dict().items()}
@@ -40,8 +40,6 @@ def test_it_comes_nearer_to_the_teacher(tmp_path, settings):
     assert found.history[-1]["kl_nats"] < found.history[0]["kl_nats"]
     assert min(row["kl_nats"] for row in found.history) == pytest.approx(trained["kl_nats"].mean(), rel=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
-    kept_embedding = torch.equal(found.model.get_input_embeddings().weight, full.get_input_embeddings().weight)
-    assert kept_embedding != settings.get("train_embeddings", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,8 +53,8 @@ def test_the_divergence_alone_is_enough(tmp_path, dtype):
     assert found.model.dtype == dtype
 
 
-def test_the_result_is_a_standard_checkpoint_also_with_adapters(tmp_path):
-    found, _ = run(tmp_path / "run", lora_rank=2)
+def test_the_result_is_a_standard_checkpoint(tmp_path):
+    found, _ = run(tmp_path / "run")
     found.model.save_pretrained(tmp_path / "model")
     again = type(found.model).from_pretrained(tmp_path / "model")
     assert again.state_dict().keys() == compaction.compact(build_model("llama"), KEPT).state_dict().keys()
@@ -102,11 +100,6 @@ def test_tokens_and_seconds_are_counted(tmp_path):
     assert 0 == seconds[0] < seconds[1] < seconds[2] < seconds[3]
 
 
-def test_a_limit_in_seconds_stops_it(tmp_path):
-    found, _ = run(tmp_path, seconds=1e-9)
-    assert [row["step"] for row in found.history] == [0, 1]
-
-
 def test_it_stops_when_validation_text_gets_no_better(tmp_path):
     found, _ = run(tmp_path, count=800, learning_rate=0.0, patience=2)
     assert found.history[-1]["step"] == 3 * 4  # the first look, and two without progress
@@ -149,11 +142,11 @@ def test_bad_input(tmp_path, refused):
         run(tmp_path, count=4)
 
 
-@pytest.mark.parametrize(("tied", "lora"), [(False, 0), (True, 0), (True, 2)])
-def test_a_run_that_has_ended_is_read_and_not_repeated(tmp_path, monkeypatch, tied, lora):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_that_has_ended_is_read_and_not_repeated(tmp_path, monkeypatch, tied):
     def ended(**settings):
         full = build_model("llama", tie_word_embeddings=tied)
-        return run(tmp_path, full, count=32, lora_rank=lora, **settings)[0]
+        return run(tmp_path, full, count=32, **settings)[0]
 
     first = ended()
     assert not list(tmp_path.glob("*/checkpoint-*"))

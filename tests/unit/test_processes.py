@@ -27,7 +27,7 @@ blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train"
 with started() as shared:
     found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, processes=shared)
     if shared.rank == 0:
-        torch.save({"weights": found.model.state_dict(), "refits": [vars(row) for row in found.refits]}, sys.argv[3])
+        torch.save({"weights": found.model.state_dict(), "refits": found.refits}, sys.argv[3])
 """
 
 

@@ -109,7 +109,7 @@ class TestClosedForm:
     def test_fewer_tokens_than_features_do_not_blow_up(self, llama, make_blocks, form):
         few, other = make_blocks(16, 2), make_blocks(32, 8, seed=1)
         found = recovery.closed_form(llama, (0, 3), few, form=form)
-        assert all(row.error_after <= row.error_before for row in found.refits)
+        assert all(row["error_after"] <= row["error_before"] for row in found.refits)
         assert states(found.model, other).isfinite().all()
         cut = (states(compaction.compact(llama, (0, 3)), other) - states(llama, other)).square().mean()
         assert (states(found.model, other) - states(llama, other)).square().mean() < 1.2 * cut
@@ -129,7 +129,7 @@ class TestClosedForm:
             return
         found = recovery.closed_form(full, (0, 3), blocks, reach="gaps")
         assert found.added == 0
-        assert found.refits[0].error_after < found.refits[0].error_before
+        assert found.refits[0]["error_after"] < found.refits[0]["error_before"]
 
     def test_the_result_is_a_standard_checkpoint(self, llama, make_blocks, tmp_path):
         found = recovery.closed_form(llama, (0, 3), make_blocks(64, 16)).model
@@ -140,7 +140,9 @@ class TestClosedForm:
 
     def test_refits_are_those_before_gaps_or_all_behind_the_first(self, llama, make_blocks):
         rows = {
-            reach: [row.layer for row in recovery.closed_form(llama, (0, 2, 3), make_blocks(16, 8), reach=reach).refits]
+            reach: [
+                row["layer"] for row in recovery.closed_form(llama, (0, 2, 3), make_blocks(16, 8), reach=reach).refits
+            ]
             for reach in ("gaps", "all")
         }
         assert rows == {"gaps": [0], "all": [0, 2, 3]}
