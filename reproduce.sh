@@ -9,7 +9,7 @@ usage() {
 ./reproduce.sh test [-- ...]     run the tests; what follows -- goes to pytest
 ./reproduce.sh check             committed tables against regenerated ones, claims against tables
 ./reproduce.sh lab               open the notebooks in JupyterLab
-./reproduce.sh clean             delete results/ and Snakemake's records (not tables/, figures/ or .venv)
+./reproduce.sh clean             delete what runs wrote to results/, and Snakemake's records; what else is there stays
 
 options of run
   --profile NAME     a file of profiles/: tiny (seconds a notebook), laptop (default), long (hours; its
@@ -20,6 +20,7 @@ options of run
   --data-dir FOLDER  where Amazon's files are, for 06_recommendation
   --jobs N           processor cores to use (default: all); long notebooks run one at a time
   --force            run again what is up to date
+  --verbose          show what the notebooks print; else it goes to results/<profile>/logs alone
   --help             this text
 
 Nothing but bash and Python 3.11 or newer is needed: an active conda or virtual environment that satisfies
@@ -92,7 +93,7 @@ environment() {
 # --- commands --------------------------------------------------------------------------------------------
 
 run() {
-  local profile=laptop only="" model="" device="" data_dir="" jobs="" force=()
+  local profile=laptop only="" model="" device="" data_dir="" jobs="" verbose="" force=()
   while [ $# -gt 0 ]; do
     case "$1" in
       --profile) profile=$(value_of "$@"); shift 2 ;;
@@ -102,6 +103,7 @@ run() {
       --data-dir) data_dir=$(value_of "$@"); shift 2 ;;
       --jobs) jobs=$(value_of "$@"); shift 2 ;;
       --force) force=(--forceall); shift ;;
+      --verbose) verbose=yes; shift ;;
       *) die "unknown option $1: see ./reproduce.sh --help" ;;
     esac
   done
@@ -119,7 +121,7 @@ run() {
   exec 9>>results/.lock
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
     die "another reproduce.sh is running in this folder: wait for it, or stop it"
-  "$python" -m paper_src.reporting.run --results "$results" --profile "profiles/$profile.yaml" --check
+  "$python" -m paper_src.reporting check "profiles/$profile.yaml"
 
   target=$results/report/index.html
   [ -z "$only" ] || target=$results/notebooks/$only.ipynb
@@ -129,14 +131,18 @@ run() {
   # Files of the future, from before the clock was set back, would fail what is made of them now.
   find paper_src notebooks profiles "$results" -type f -newermt now -exec touch {} + 2>/dev/null || true
   "$python" -m snakemake "$target" --cores "${jobs:-all}" --config "profile=$profile" "results=$results" \
-    ${model:+"model=$model"} ${device:+"device=$device"} ${data_dir:+"data_dir=$data_dir"} --nolock --rerun-incomplete --quiet all ${force[@]+"${force[@]}"} ||
-    status=$?
-  "$python" -m paper_src.reporting.run --results "$results" --summary "$since"
-  if [ $status -eq 0 ] && [[ "$results" =~ ^results/(laptop|long)$ ]]; then
-    "$python" -m paper_src.reporting.run --results "$results" --publish
-    [ "$results" != results/laptop ] || "$python" -m paper_src.reporting.across tables/t9_models tables tables/small-neox >/dev/null
-  fi
-  return $status
+    ${model:+"model=$model"} ${device:+"device=$device"} ${data_dir:+"data_dir=$data_dir"} ${verbose:+"verbose=$verbose"} \
+    --nolock --rerun-incomplete --quiet all ${force[@]+"${force[@]}"} || status=$?
+  "$python" -m paper_src.reporting summary "$results" --since "$since"
+  [ $status -eq 0 ] || return $status
+  if [[ "$results" =~ ^results/(laptop|long)$ ]]; then publish "$results"; fi
+}
+
+# Copies results to the top and makes from them what stands there alone.
+publish() {
+  "$python" -m paper_src.reporting publish "$1"
+  [ "$1" != results/laptop ] || "$python" -m paper_src.reporting across tables/t9_models tables tables/small-neox
+  "$python" -m paper_src.reporting page . report/index.html
 }
 
 check() {
@@ -144,6 +150,17 @@ check() {
   environment
   [ -f results/laptop/SUMMARY.md ] || die "results/laptop is not complete: run ./reproduce.sh first"
   "$python" -m pytest -q tests/paper
+}
+
+clean() {
+  [ $# -eq 0 ] || die "clean takes no options, got $1"
+  local folder
+  for folder in results/*/; do
+    rm -rf "$folder"{tables,figures,models,notebooks,report,logs,unfinished} "$folder"SUMMARY{,.zh-CN}.md
+    rmdir "$folder" 2>/dev/null || [ ! -d "$folder" ] || echo "kept: $folder holds other files" >&2
+  done
+  rm -rf results/.lock .snakemake
+  rmdir results 2>/dev/null || true
 }
 
 main() {
@@ -160,7 +177,7 @@ main() {
     test) [ "${1:-}" != -- ] || shift; environment; "$python" -m pytest "$@" ;;
     check) check "$@" ;;
     lab) environment; exec "$python" -m jupyterlab --notebook-dir=notebooks "$@" ;;
-    clean) rm -rf results .snakemake ;;
+    clean) clean "$@" ;;
   esac
 }
 

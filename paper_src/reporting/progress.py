@@ -1,4 +1,4 @@
-"""Plain-text progress bars."""
+"""Plain-text progress bars: a line in JupyterLab; ``run`` reads the step in the line it shows from them."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """``items`` with a plain-text bar: a line in JupyterLab and in a terminal, one every 10 s in a log."""
+    """``items`` with a plain-text bar that is drawn anew every 10 s."""
     return tqdm(items, desc=what, total=total, mininterval=10, ascii=True, ncols=79)
 
 

@@ -1,20 +1,19 @@
 """Run one notebook with one profile's parameters; the executed copy appears only if all went well.
 
-    python -m paper_src.execute notebooks/01_importance.ipynb --profile profiles/tiny.yaml --results results/tiny
-
-Called by the rules of the Snakefile. Order, skipping and parallel runs are Snakemake's, execution is
-papermill's; what is added here is that a wrong parameter is an error and that an error is one line.
+Order, skipping and parallel runs are Snakemake's, execution is papermill's. Added here: a wrong parameter is an
+error, an error is one line, and so is what is told while it runs. What the notebook prints goes to a log.
 """
 
-import argparse
 import json
 import logging
 import os
 import re
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -22,15 +21,18 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from paper_src import InputError
-from paper_src.files import replacing
-from paper_src.reporting.parameters import check_profile, parameters_for
+from paper_src.reporting.parameters import parameters_for
 
 # over files and not over TCP ports, which kernels that start together take from one another
 LOCAL = Config(KernelManager={"transport": "ipc"})
-NOISE = re.compile(r"(Executing|Ending) Cell|(In|Out)put Notebook|Working dir|Executing notebook")
+NOISE = re.compile(r"Ending Cell|(In|Out)put Notebook|Working dir|Executing notebook")
+# of tqdm's bars, but not of transformers' own, or in words
+STEP = re.compile(r"(?:^|[\r\n])(?!Loading)([^\r\n|:]+): +\d+%\|[^|]*\| (\d+/\d+)|(step|epoch) (\d+) of (\d+)")
+DONE = re.compile(r"done in ([\d.]+) s\n?\Z")  # the end of a log
+COMMITTED = {"laptop": Path("tables"), "long": Path("tables/long")}  # provenance of profiles that were run before
 
 
-def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:
+def execute(notebook: Path, parameters: dict[str, object], output: Path) -> None:
     """Execute ``notebook`` into ``output``; on failure ``<name>.failed.ipynb`` beside it shows where.
 
     Raises:
@@ -59,104 +61,131 @@ def run(notebook: Path, parameters: dict[str, object], output: Path) -> None:
     os.replace(failed, output)
 
 
-def summary(results: Path, since: float) -> str:
-    """What ran, was kept or is missing, with seconds, and where to look."""
-    lines = []
-    for notebook in sorted(Path("notebooks").glob("*.ipynb")):
-        record = results / "tables" / f"{notebook.stem}.json"
-        done = results / "notebooks" / notebook.name
-        if not done.is_file():
-            state = "failed" if done.with_name(f"{notebook.stem}.failed.ipynb").exists() else "not run"
+def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], verbose: bool = False) -> None:
+    """Execute ``notebook`` with the parameters of ``profile`` and those ``given``; one line says how far it is.
+
+    Writes ``results/notebooks/<name>`` and ``results/logs/<name>.log``; the notebook writes tables and figures itself.
+    """
+    _stop_with_parent()
+    overrides = {**given, "results": os.path.relpath(results, "notebooks")}
+    parameters = parameters_for(notebook, profile, overrides)
+    names = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
+    log = results / "logs" / f"{notebook.stem}.log"
+    head = f"[{names.index(notebook.stem) + 1}/{len(names)}] {notebook.stem}"
+    expected, start = seconds_before(log, COMMITTED.get(results.name)), time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file, _output_in(file) as terminal:
+        copies = [file, terminal] if verbose else [file]
+        with Line(head, expected, terminal, terminal.isatty() and not verbose) as line, _heard(line, copies):
+            execute(notebook, parameters, results / "notebooks" / notebook.name)
+            line.end(f"done in {clock(time.monotonic() - start)}")
+        print(f"done in {time.monotonic() - start:.1f} s", file=file)
+
+
+def seconds_before(log: Path, committed: Path | None = None) -> float | None:
+    """Seconds that a notebook took the last time here, or else in the committed run; None where nobody knows."""
+    if log.is_file() and (found := DONE.search(log.read_text(encoding="utf-8", errors="replace"))):
+        return float(found.group(1))
+    record = committed and committed / f"{log.stem}.json"
+    return json.loads(record.read_text(encoding="utf-8"))["wall_s"] if record and record.is_file() else None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 2:10 or 1:02:10.
+
+    >>> clock(130.4), clock(3730)
+    ('2:10', '1:02:10')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Line:
+    """How far a notebook is: one line that is rewritten each second in a terminal, one more every 30 s in a log."""
+
+    def __init__(self, head: str, expected: float | None, out: TextIO, rewritten: bool):
+        self.head, self.expected, self.out, self.rewritten, self.step = head, expected, out, rewritten, ""
+        self._start, self._over = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(1 if rewritten else 30,), daemon=True)
+
+    def __enter__(self) -> "Line":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind and not self._over.is_set():
+            self.end("failed")
+        self._thread.join()
+
+    def text(self, spent: float) -> str:
+        """The line after ``spent`` seconds: what is at work, how long it took, how long it takes as last time."""
+        left = f", about {clock(self.expected - spent)} left" if self.expected and self.expected > spent else ""
+        return f"{self.head}  {f'{self.step}  ' if self.step else ''}{clock(spent)}{left}"
+
+    def end(self, words: str) -> None:
+        """The last form of the line."""
+        self._over.set()
+        self._write(f"{self.head}  {words}", last=True)
+
+    def _watch(self, period: float) -> None:
+        while not self._over.wait(period):
+            self._write(self.text(time.monotonic() - self._start))
+
+    def _write(self, text: str, last: bool = False) -> None:
+        if self.rewritten:
+            width = os.get_terminal_size(self.out.fileno()).columns or 80
+            print(f"\r\x1b[K{text[: width - 1]}", end="\n" if last else "", file=self.out, flush=True)
         else:
-            wall = json.loads(record.read_text())["wall_s"]
-            state = f"{'ran ' if done.stat().st_mtime >= since else 'kept'} {wall:8.1f} s"
-        lines.append(f"  {notebook.stem:<20} {state}")
-    where = f"  {results}/: tables, figures, models, executed notebooks; SUMMARY.md is in {results}/"
-    return "\n".join([*lines, where])
+            print(text, file=self.out, flush=True)
 
 
-def publish(results: Path, target: Path = Path()) -> None:
-    """Copy tables, figures, page and summary of ``results`` to the top of the repository, each file whole."""
-    files = [file for folder in ("tables", "figures", "report") for file in sorted((results / folder).glob("[!.]*"))]
-    for file in [*files, *results.glob("SUMMARY*.md")]:
-        _copy(file, target / file.relative_to(results))
-    for language in ("", ".zh-CN"):
-        readme, summary = target / f"README{language}.md", target / f"SUMMARY{language}.md"
-        if readme.exists() and summary.exists():
-            fill_readme(readme, summary.read_text(encoding="utf-8"))
+class _Heard(logging.Handler):
+    """Copies what papermill hears from the kernel, and takes the step from its progress bars."""
+
+    def __init__(self, line: Line, copies: list[TextIO]):
+        super().__init__(logging.INFO)
+        self.line, self.copies = line, copies
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text.startswith("Executing Cell"):
+            self.line.step = ""
+        elif text.strip() and not NOISE.match(text):
+            for found in STEP.finditer(text):
+                self.line.step = " ".join(found.groups()[:2]) if found[1] else f"{found[3]} {found[4]}/{found[5]}"
+            for copy in self.copies:
+                print(text.rstrip("\n"), file=copy, flush=True)
 
 
-def publish_larger(results: Path, target: Path = Path()) -> None:
-    """Copy tables and figures of sections 5 to 7 of ``results``, those whose budgets are larger, to ``<...>/long``."""
-    for folder in ("tables", "figures"):
-        for file in sorted((results / folder).glob("[tf0][567]_*.*")):
-            _copy(file, target / folder / "long" / file.name)
-
-
-def _copy(file: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists() or place.read_bytes() != file.read_bytes():
-        with replacing(place) as part:
-            part.write_bytes(file.read_bytes())
-
-
-def claims_block(summary: str) -> str:
-    """The first table of a summary, that of the claims: claim, finding, verdict, rule, notebook and command."""
-    first = next(part for part in summary.split("\n\n") if part.startswith("| "))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
-    head, _, *body = rows
-    lines = [[*head, "`./reproduce.sh --only`"], ["---"] * 6]
-    for *said, source in body:
-        notebooks = re.findall(r"\d\d_[a-z]+", source)
-        links = ", ".join(f"[{name[:2]}](notebooks/{name}.ipynb)" for name in notebooks)
-        larger = " --profile long" if source.startswith("long/") else ""
-        lines.append([*said, links, f"`{notebooks[0]}{larger}`"])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def fill_readme(readme: Path, summary: str) -> None:
-    """Put the table of claims between the two marks of a README, so that its numbers are the tables'."""
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(" kept equal by ./reproduce.sh -->", 1)
-    tail = rest.split("<!-- /claims -->", 1)[1]
-    new = f"{head} kept equal by ./reproduce.sh -->\n{claims_block(summary)}\n<!-- /claims -->{tail}"
-    if new != text:
-        with replacing(readme) as part:
-            part.write_text(new, encoding="utf-8")
-
-
-def main() -> int:
-    """Command line; 0 on success, 1 with one line on standard error otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebook", type=Path, nargs="?")
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--model")
-    parser.add_argument("--device")
-    parser.add_argument("--data-dir", dest="data_dir")
-    parser.add_argument("--check", action="store_true", help="only check the profile")
-    parser.add_argument("--publish", action="store_true", help="only copy results to tables/ and figures/")
-    parser.add_argument("--summary", type=float, metavar="SINCE", help="only print what ran since then")
-    arguments = parser.parse_args()
+@contextmanager
+def _heard(line: Line, copies: list[TextIO]) -> Iterator[None]:
+    logger, handler = logging.getLogger("papermill"), _Heard(line, copies)
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
     try:
-        if arguments.summary is not None:
-            print(summary(arguments.results, arguments.summary))
-        elif arguments.publish:
-            (publish_larger if arguments.results.name == "long" else publish)(arguments.results)
-        elif arguments.check:
-            check_profile(arguments.profile)
-        else:
-            _run_with(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
-def _is_output(record: logging.LogRecord) -> bool:
-    """Keep what cells print; papermill's own account of cells and files is not shown."""
-    text = record.getMessage()
-    return bool(text.strip()) and not NOISE.match(text)
+@contextmanager
+def _output_in(file: TextIO) -> Iterator[TextIO]:
+    """What this process and the kernel it starts write goes to ``file``; gives where standard error went before."""
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        with os.fdopen(os.dup(2), "w", encoding="utf-8") as terminal:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield terminal
+    finally:
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
 
 
 def _stop_with_parent() -> None:
@@ -171,19 +200,9 @@ def _stop_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run_with(arguments: argparse.Namespace) -> None:
-    _stop_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_output)
-    given = {key: getattr(arguments, key) for key in ("model", "device", "data_dir") if getattr(arguments, key)}
-    overrides = {**given, "results": os.path.relpath(arguments.results, "notebooks")}
-    output = arguments.results / "notebooks" / arguments.notebook.name
-    start = time.time()
-    print(f"{arguments.notebook.stem}: running", file=sys.stderr, flush=True)
-    run(arguments.notebook, parameters_for(arguments.notebook, arguments.profile, overrides), output)
-    print(f"{arguments.notebook.stem}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+if __name__ == "__main__":  # the former command line
+    import sys
 
+    from paper_src.reporting.__main__ import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["run", *sys.argv[1:]]))

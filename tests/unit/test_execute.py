@@ -1,4 +1,10 @@
+import io
+import logging
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -6,7 +12,9 @@ import pytest
 import yaml
 
 from paper_src import InputError
-from paper_src.reporting import parameters, run
+from paper_src.reporting import parameters, publish, run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -61,25 +69,85 @@ def test_unknown_profile_lists_the_known(project):
 
 def test_executed_notebook_appears_only_on_success(project):
     output = Path("results/notebooks/01_demo.ipynb")
-    run.run(Path("notebooks/01_demo.ipynb"), {"count": 4}, output)
+    run.execute(Path("notebooks/01_demo.ipynb"), {"count": 4}, output)
     assert [file.name for file in output.parent.iterdir()] == ["01_demo.ipynb"]
     printed = nbformat.read(output, as_version=4).cells[-1].outputs[0].text
     assert printed == "4\n"
     output.unlink()
     with pytest.raises(InputError, match=r"^01_demo failed. AssertionError: count is too large \(cells: .*failed"):
-        run.run(Path("notebooks/01_demo.ipynb"), {"count": 5}, output)
+        run.execute(Path("notebooks/01_demo.ipynb"), {"count": 5}, output)
     assert [file.name for file in output.parent.iterdir()] == ["01_demo.failed.ipynb"]
 
 
-def test_publish_copies_tables_and_figures_and_nothing_else(project):
+def told(*words):
+    """Exit code and standard error of one command line."""
+    command = [sys.executable, "-m", "paper_src.reporting", *words]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def test_a_run_says_one_line_and_logs_what_the_notebook_prints(project):
+    words = (
+        "run",
+        "notebooks/01_demo.ipynb",
+        "--profile",
+        str(profile(**{"01_demo": {"count": 4}})),
+        "--results",
+        "results/p",
+    )
+    code, said = told(*words)
+    assert code == 0
+    assert re.fullmatch(r"\[1/1\] 01_demo  done in 0:\d\d\n", said)
+    assert re.fullmatch(r"4\ndone in [\d.]+ s\n", Path("results/p/logs/01_demo.log").read_text())
+    assert run.seconds_before(Path("results/p/logs/01_demo.log")) > 0
+    _, said = told(*words, "--verbose")
+    assert re.fullmatch(r"4\n\[1/1\] 01_demo  done in 0:\d\d\n", said)
+
+
+def test_a_failing_run_says_two_lines(project):
+    code, said = told(
+        "run", "notebooks/01_demo.ipynb", "--profile", str(profile(**{"01_demo": {"count": 5}})), "--results", "r"
+    )
+    assert code == 1
+    assert re.fullmatch(r"\[1/1\] 01_demo  failed\nerror: 01_demo failed. AssertionError: .*\n", said)
+
+
+def test_the_line_says_the_step_the_time_and_what_is_left():
+    line = run.Line("[3/9] 03_compaction", 211.0, io.StringIO(), rewritten=False)
+    heard = run._Heard(line, [])
+    for text in (
+        "speed:  67%|####  | 4/6 [00:10<00:05,  2.5s/it]",
+        "Loading weights: 100%|######| 74/74 [00:00<00:00]",
+    ):
+        heard.emit(logging.LogRecord("papermill", logging.WARNING, "", 0, text, (), None))
+    assert line.text(130) == "[3/9] 03_compaction  speed 4/6  2:10, about 1:21 left"
+    assert line.text(300) == "[3/9] 03_compaction  speed 4/6  5:00"  # longer than last time: nobody knows
+    heard.emit(logging.LogRecord("papermill", logging.INFO, "", 0, "step 20 of 300, 5 s: KL 0.1", (), None))
+    assert line.step == "step 20/300"
+    heard.emit(logging.LogRecord("papermill", logging.INFO, "", 0, "Executing Cell 7---", (), None))
+    assert line.text(3) == "[3/9] 03_compaction  0:03, about 3:28 left"
+
+
+def test_what_is_left_is_known_from_the_last_run_or_the_committed_one(tmp_path):
+    (tmp_path / "03_a.json").write_text('{"wall_s": 7.5}')
+    assert run.seconds_before(tmp_path / "03_a.log") is None
+    assert run.seconds_before(tmp_path / "03_a.log", tmp_path) == 7.5
+    (tmp_path / "03_a.log").write_text("4\ndone in 12.5 s\n")
+    assert run.seconds_before(tmp_path / "03_a.log", tmp_path) == 12.5
+
+
+def test_publish_copies_tables_figures_and_summary_and_nothing_else(project):
     results = Path("results/laptop")
-    for name in ("tables/t1.csv", "tables/.t1.csv-part", "figures/f1.svg", "models/m.bin", "SUMMARY.md"):
+    for name in ("tables/t1_a.csv", "tables/.t1_a.csv-part", "tables/mine.csv", "tables/01_a.json", "figures/f1_a.svg",
+                 "models/m.bin", "SUMMARY.md"):  # fmt: skip
         (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).write_text(name)
-    run.publish(results, project / "top")
+    publish.publish(results, project / "top")
     found = sorted(str(file.relative_to("top")) for file in Path("top").rglob("*") if file.is_file())
-    assert found == ["SUMMARY.md", "figures/f1.svg", "tables/t1.csv"]
-    shutil.rmtree("top")
+    assert found == ["SUMMARY.md", "figures/f1_a.svg", "tables/01_a.json", "tables/t1_a.csv"]
 
 
 def test_of_a_larger_run_only_its_sections_are_published_and_beside_the_others(project):
@@ -87,10 +155,9 @@ def test_of_a_larger_run_only_its_sections_are_published_and_beside_the_others(p
     for name in ("tables/t4_a.csv", "tables/t5_a.csv", "tables/06_b.json", "figures/f7_c.svg", "SUMMARY.md"):
         (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).write_text(name)
-    run.publish_larger(results, project / "top")
+    publish.publish(results, project / "top")
     found = sorted(str(file.relative_to("top")) for file in Path("top").rglob("*") if file.is_file())
     assert found == ["figures/long/f7_c.svg", "tables/long/06_b.json", "tables/long/t5_a.csv"]
-    shutil.rmtree("top")
 
 
 def test_summary_tells_ran_kept_failed_and_missing(project):
@@ -103,12 +170,10 @@ def test_summary_tells_ran_kept_failed_and_missing(project):
             (results / folder / f"{name}.{suffix}").write_text(text)
     (results / "notebooks/03_bad.failed.ipynb").write_text("")
     new = (results / "notebooks/01_demo.ipynb").stat().st_mtime
-    import os
-
     os.utime(results / "notebooks/02_old.ipynb", (new - 100, new - 100))
-    lines = run.summary(results, new - 50).splitlines()
+    lines = publish.summary(results, new - 50).splitlines()
     assert [line.split()[:2] for line in lines[:4]] == [
         ["01_demo", "ran"], ["02_old", "kept"], ["03_bad", "failed"], ["04_never", "not"],
     ]  # fmt: skip
     assert "12.3 s" in lines[0]
-    assert str(results) in lines[4]
+    assert lines[4] == "  see results/p/: tables, notebooks"

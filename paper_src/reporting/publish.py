@@ -1,0 +1,53 @@
+"""What ran and where it is, and copies of it at the top of the repository."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from paper_src.files import replacing
+
+OURS = re.compile(r"([tf]\d+|\d\d)_\w+\.\w+")  # tables, figures, provenance: nothing else is copied
+LARGER = re.compile(r"([tf]|0)[567]_\w+\.\w+")  # sections 5 to 7, whose budgets are larger in the profile ``long``
+
+
+def summary(results: Path, since: float) -> str:
+    """What ran, was kept or is missing, with seconds, and where to look."""
+    lines = []
+    for notebook in sorted(Path("notebooks").glob("*.ipynb")):
+        record = results / "tables" / f"{notebook.stem}.json"
+        done = results / "notebooks" / notebook.name
+        if done.is_file():
+            wall = json.loads(record.read_text(encoding="utf-8"))["wall_s"]
+            state = f"{'ran ' if done.stat().st_mtime >= since else 'kept'} {wall:8.1f} s"
+        else:
+            state = "failed" if done.with_name(f"{notebook.stem}.failed.ipynb").exists() else "not run"
+        lines.append(f"  {notebook.stem:<20} {state}")
+    places = ("report/index.html", "SUMMARY.md", "tables", "figures", "models", "notebooks", "logs")
+    found = [place for place in places if (results / place).exists()]
+    return "\n".join([*lines, f"  see {results}/: {', '.join(found)}"])
+
+
+def publish(results: Path, target: Path = Path()) -> None:
+    """Copy tables, figures and summary of ``results`` to the top of the repository, each file whole.
+
+    Of a run of the profile ``long``, its sections 5 to 7 alone, and to ``tables/long`` and ``figures/long``.
+    """
+    larger = results.name == "long"
+    for folder in ("tables", "figures"):
+        place = target / folder / ("long" if larger else "")
+        _copy(
+            (file for file in (results / folder).glob("*.*") if (LARGER if larger else OURS).fullmatch(file.name)),
+            place,
+        )
+    if not larger:
+        _copy(results.glob("SUMMARY*.md"), target)
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(files):
+        place = folder / file.name
+        if not place.exists() or place.read_bytes() != file.read_bytes():
+            with replacing(place) as part:
+                part.write_bytes(file.read_bytes())
