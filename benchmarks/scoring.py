@@ -15,7 +15,8 @@ import time
 
 import torch
 
-from paper_src import data, models, scoring, timing
+from paper_src import data, models, scoring
+from paper_src.scale import memory
 
 
 def plain_loop(model, blocks):
@@ -40,14 +41,14 @@ def forward_kept(model, blocks, batch_size):
 def peak_growth(arguments, variant):
     """Peak resident bytes of one variant over those of the loaded model (run in a fresh process)."""
     model, blocks = prepare(arguments)
-    resident = timing.resident_bytes()
+    resident = memory.resident_bytes()
     if variant == "forward":
         forward_kept(model, blocks, arguments.batch_size)
     elif variant == "ours":
         scoring.score_layers(model, blocks, arguments.batch_size)
     else:
         plain_loop(model, blocks)
-    return timing.peak_resident_bytes() - resident
+    return memory.peak_resident_bytes() - resident
 
 
 def prepare(arguments):

@@ -1,12 +1,7 @@
-"""Honest speed and memory: warm, interleaved, synchronized, beside what the arithmetic allows."""
+"""Honest speed: warm, interleaved, synchronized, beside what the arithmetic allows."""
 
-import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.models import last_hidden
@@ -50,11 +45,7 @@ class Workload:
 
 
 def compare_speed(
-    full: PreTrainedModel,
-    compact: dict[int, PreTrainedModel],
-    workload: Workload,
-    rounds: int = 9,
-    seed: int = 0,
+    full: PreTrainedModel, compact: dict[int, PreTrainedModel], workload: Workload, rounds: int = 9, seed: int = 0
 ) -> list[dict[str, float]]:
     """One row for each compact model: ``speedup`` = median over rounds of seconds(full) / seconds(compact).
 
@@ -62,41 +53,31 @@ def compare_speed(
     that a machine whose speed drifts distorts both sides alike. One run before counts FLOPs and warms up.
 
     Args:
-        full: the full model.
         compact: k -> compact model, on the same device and in the same dtype.
-        workload: what to time.
-        rounds: timed rounds.
         seed: of the random token ids and of the bootstrap.
 
     Returns:
-        Rows with ``task``, ``batch``, ``length``, ``new_tokens``, ``k``, ``speedup`` and its 95% bootstrap
-        interval ``speedup_lo``, ``speedup_hi``, ``ideal`` (FLOPs ratio), ``share_of_ideal``,
-        ``full_ms``, ``compact_ms`` (medians, a workload) and ``rounds``.
+        Rows with the workload, ``k``, ``speedup`` and its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``,
+        ``ideal`` (FLOPs ratio), ``share_of_ideal``, ``full_ms``, ``compact_ms`` (medians) and ``rounds``.
     """
     models = {0: full, **compact}
-    prompt = _prompt(full, workload, seed)
+    prompt = random_prompt(full, workload, seed)
     flops = {key: count_flops(model, workload, prompt) for key, model in models.items()}
     seconds = interleaved(list(models), lambda key: run_seconds(models[key], workload, prompt), rounds)
-    return [
-        {
-            **vars(workload),
-            "k": k,
-            **ratio_interval(np.divide(seconds[0], seconds[k]), seed),
-            "ideal": flops[0] / flops[k],
-            "share_of_ideal": float(np.median(np.divide(seconds[0], seconds[k]))) / (flops[0] / flops[k]),
-            "full_ms": 1e3 * float(np.median(seconds[0])),
-            "compact_ms": 1e3 * float(np.median(seconds[k])),
-            "rounds": rounds,
-        }
-        for k in compact
-    ]
+    rows = []
+    for k in compact:
+        speed, ideal = ratio_interval(np.divide(seconds[0], seconds[k]), seed), flops[0] / flops[k]
+        medians = {name: 1e3 * float(np.median(seconds[key])) for name, key in (("full_ms", 0), ("compact_ms", k))}
+        rows.append({**vars(workload), "k": k, **speed, "ideal": ideal, "share_of_ideal": speed["speedup"] / ideal,
+                     **medians, "rounds": rounds})  # fmt: skip
+    return rows
 
 
 def pair_seconds(
     first: PreTrainedModel, second: PreTrainedModel, workload: Workload, rounds: int, seed: int = 0
 ) -> tuple[list[float], list[float]]:
     """Seconds of ``rounds`` runs of two models, interleaved, after one run each that warms up."""
-    models, prompt = (first, second), _prompt(first, workload, seed)
+    models, prompt = (first, second), random_prompt(first, workload, seed)
     for model in models:
         run_seconds(model, workload, prompt)
     seconds = interleaved((0, 1), lambda place: run_seconds(models[place], workload, prompt), rounds)
@@ -136,7 +117,8 @@ def count_flops(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> i
     return counter.get_total_flops()
 
 
-def _prompt(model: PreTrainedModel, workload: Workload, seed: int) -> Tensor:
+def random_prompt(model: PreTrainedModel, workload: Workload, seed: int) -> Tensor:
+    """(batch, length) random token ids on the model's device; InputError if the workload is none."""
     if workload.task not in TASKS:
         raise InputError(f"task {workload.task!r}: use one of {TASKS}")
     if min(workload.batch, workload.length) < 1 or (workload.task == "decode" and workload.new_tokens < 1):
@@ -179,60 +161,3 @@ def ratio_interval(ratios: np.ndarray, seed: int = 0) -> dict[str, float]:
 def checkpoint_bytes(folder: str | Path) -> int:
     """Bytes of the weight files of a checkpoint."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
-def peak_memory(folder: str | Path, workload: Workload, dtype: str, device: str) -> int:
-    """Peak bytes that loading a checkpoint and one run of ``workload`` take, in a fresh process.
-
-    On CUDA the allocator's peak; on the CPU the growth of the resident set over the process with its
-    libraries loaded.
-    """
-    return in_new_process(_peak_memory, str(folder), workload, dtype, device)
-
-
-def in_new_process(function: Callable, *arguments: object) -> object:
-    """``function(*arguments)``, both importable and picklable, in a fresh process.
-
-    Raises:
-        InputError: the process was killed, as the system does when memory runs out.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"the process of {function.__name__.lstrip('_')} was killed, out of memory as it seems: use a smaller "
-                "model or dtype, or a machine with more memory"
-            ) from error
-
-
-def _peak_memory(folder: str, workload: Workload, dtype: str, device: str) -> int:
-    before = resident_bytes()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    run_seconds(model, workload, _prompt(model, workload, 0))
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes() - before
-
-
-def resident_bytes() -> int:
-    """Resident set of this process in bytes (Linux); elsewhere the peak so far."""
-    return _status("VmRSS") or peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """Highest resident set of this process so far, bytes.
-
-    ``ru_maxrss`` alone would not do on Linux: a new process inherits its parent's peak.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, where the system has it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

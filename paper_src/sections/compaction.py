@@ -13,6 +13,7 @@ from paper_src import timing
 from paper_src.models import count_parameters
 from paper_src.reporting import reported
 from paper_src.reporting.style import BLUE, GREEN, PURPLE, RED, SKY, STYLE, TASKS
+from paper_src.scale import memory
 
 
 def f3_speed(table: pd.DataFrame, depth: int) -> Figure:
@@ -70,7 +71,7 @@ def t3_size(
             "parameters": parameters,
             "parameter_compression": count_parameters(full) / parameters,
             "disk_bytes": timing.checkpoint_bytes(folders[k]),
-            "peak_memory_bytes": timing.peak_memory(folders[k], workload, dtype, str(full.device)),
+            "peak_memory_bytes": memory.peak_memory(folders[k], workload, dtype, str(full.device)),
             "dtype": dtype,
         })  # fmt: skip
     return pd.DataFrame(rows)

@@ -11,6 +11,7 @@ import torch
 from paper_src import timing
 from paper_src.compaction import compact, save
 from paper_src.models import last_hidden
+from paper_src.scale import memory
 from paper_src.timing import Workload, checkpoint_bytes, compare_speed, count_flops, run_seconds
 
 # of a tiny Llama's layer, 2 operations each: q and o, k and v of half as many heads, and three maps of the MLP
@@ -25,7 +26,7 @@ COLUMNS += ["ideal", "share_of_ideal", "full_ms", "compact_ms", "rounds"]
 
 def flops(model, *workload):
     work = Workload(*workload)
-    return count_flops(model, work, timing._prompt(model, work, 0))
+    return count_flops(model, work, timing.random_prompt(model, work, 0))
 
 
 def watch_inputs(model):
@@ -97,16 +98,16 @@ def test_decoding_takes_the_tokens_of_greedy_generation(full, make_blocks):
 def test_run_prefills_before_it_decodes(llama):
     fed = watch_inputs(llama)
     workload = Workload("decode", 2, 7, 3)
-    assert run_seconds(llama, workload, timing._prompt(llama, workload, 0)) > 0
+    assert run_seconds(llama, workload, timing.random_prompt(llama, workload, 0)) > 0
     assert [tuple(ids.shape) for ids in fed] == [(2, 7), (2, 1), (2, 1), (2, 1)]
 
 
 def test_prompt_follows_its_seed(llama):
     workload = Workload("decode", 2, 50, 3)
-    prompt = timing._prompt(llama, workload, 1)
+    prompt = timing.random_prompt(llama, workload, 1)
     assert prompt.shape == (2, 50) and prompt.max() < 96
-    assert torch.equal(prompt, timing._prompt(llama, workload, 1))
-    assert not torch.equal(prompt, timing._prompt(llama, workload, 2))
+    assert torch.equal(prompt, timing.random_prompt(llama, workload, 1))
+    assert not torch.equal(prompt, timing.random_prompt(llama, workload, 2))
 
 
 # Comparison
@@ -190,29 +191,29 @@ def test_checkpoint_of_a_compact_model_is_smaller_by_the_removed_layers(llama, t
 
 def test_resident_bytes_see_an_allocation_and_the_peak_remembers_it():
     size = 64 * 2**20
-    before = timing.resident_bytes()
+    before = memory.resident_bytes()
     with mmap.mmap(-1, size) as block:  # fresh pages, where malloc may hand out resident ones
         block.write(b"x" * size)
-        assert timing.resident_bytes() > before + 0.9 * size
-    assert timing.peak_resident_bytes() > before + 0.9 * size
+        assert memory.resident_bytes() > before + 0.9 * size
+    assert memory.peak_resident_bytes() > before + 0.9 * size
 
 
 def test_peak_comes_from_the_system_call_where_there_is_no_status_file(monkeypatch):
-    monkeypatch.setattr(timing, "_status", lambda field: None)
-    monkeypatch.setattr(timing.sys, "platform", "linux")
+    monkeypatch.setattr(memory, "_status", lambda field: None)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
     expected = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    assert timing.resident_bytes() == pytest.approx(expected, rel=0.1)
+    assert memory.resident_bytes() == pytest.approx(expected, rel=0.1)
 
 
 def test_peak_memory_of_a_fresh_process_covers_the_weights(make_model, tmp_path):
     model = make_model("llama", vocab_size=200_000)  # 2 * 25.6 MB
     save(model, None, tmp_path / "wide", "tiny", range(4), 4)
     del model
-    peak = timing.peak_memory(tmp_path / "wide", Workload("decode", 1, 4, 2), "float32", "cpu")
+    peak = memory.peak_memory(tmp_path / "wide", Workload("decode", 1, 4, 2), "float32", "cpu")
     assert checkpoint_bytes(tmp_path / "wide") < peak < 2**31
 
 
 def test_a_process_that_is_killed_ends_in_one_line(refused):
-    assert timing.in_new_process(abs, -3) == 3
+    assert memory.in_new_process(abs, -3) == 3
     with refused("the process of raise_signal was killed, out of memory"):
-        timing.in_new_process(signal.raise_signal, signal.SIGKILL)
+        memory.in_new_process(signal.raise_signal, signal.SIGKILL)

@@ -1,0 +1,72 @@
+"""Memory that a model takes, measured in a process of its own."""
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from paper_src import InputError
+from paper_src.timing import Workload, random_prompt, run_seconds
+
+
+def peak_memory(folder: str | Path, workload: Workload, dtype: str, device: str) -> int:
+    """Peak bytes that loading a checkpoint and one run of ``workload`` take, in a fresh process.
+
+    On CUDA the allocator's peak; on the CPU the growth of the resident set over the process with its
+    libraries loaded.
+    """
+    return in_new_process(_peak_memory, str(folder), workload, dtype, device)
+
+
+def in_new_process(function: Callable, *arguments: object) -> object:
+    """``function(*arguments)``, both importable and picklable, in a fresh process.
+
+    Raises:
+        InputError: the process was killed, as the system does when memory runs out.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"the process of {function.__name__.lstrip('_')} was killed, out of memory as it seems: use a smaller "
+                "model or dtype, or a machine with more memory"
+            ) from error
+
+
+def _peak_memory(folder: str, workload: Workload, dtype: str, device: str) -> int:
+    before = resident_bytes()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    run_seconds(model, workload, random_prompt(model, workload, 0))
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return peak_resident_bytes() - before
+
+
+def resident_bytes() -> int:
+    """Resident set of this process in bytes (Linux); elsewhere the peak so far."""
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident set of this process so far, bytes.
+
+    ``ru_maxrss`` alone would not do on Linux: a new process inherits its parent's peak.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(field: str) -> int | None:
+    """A field of /proc/self/status in bytes, where the system has it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
