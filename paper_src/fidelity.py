@@ -22,25 +22,15 @@ HEAD_ROWS = 256  # hidden states that go through the head at once
 
 @dataclass
 class Reference:
-    """What the full model says about N blocks of T tokens; the compact model is compared with it.
+    """What the full model says about N blocks of T tokens; the compact model is compared with it."""
 
-    Attributes:
-        blocks: (N, T) token ids.
-        hidden: (N, T, d) last hidden states after the final norm.
-        mean_state: (d,) mean last hidden state on calibration text; zeros where nothing asks for it.
-        probabilities: (N, T, V) float32 next-token distribution p: 4 * N * T * V bytes, the largest part.
-        negative_entropy: (N, T) sum of p log p, nats.
-        top1: (N, T) most probable token.
-        context: (N, C) token ids before the blocks, which are read and not scored.
-    """
-
-    blocks: Tensor
-    hidden: Tensor
-    mean_state: Tensor
-    probabilities: Tensor | None = None
-    negative_entropy: Tensor | None = None
-    top1: Tensor | None = None
-    context: Tensor | None = None
+    blocks: Tensor  # (N, T) token ids
+    hidden: Tensor  # (N, T, d) last hidden states after the final norm
+    mean_state: Tensor  # (d,) mean last hidden state on calibration text; zeros where nothing asks for it
+    context: Tensor  # (N, C) token ids before the blocks, which are read and not scored
+    probabilities: Tensor | None = None  # (N, T, V) float32 next-token distribution p: the largest part by far
+    negative_entropy: Tensor | None = None  # (N, T) sum of p log p, nats
+    top1: Tensor | None = None  # (N, T) most probable token
 
 
 @torch.no_grad()
@@ -52,20 +42,13 @@ def mean_state(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> T
 
 @torch.no_grad()
 def reference(
-    model: PreTrainedModel,
-    blocks: Tensor,
-    mean: Tensor | None = None,
-    batch_size: int = 8,
-    metrics: Collection[str] = METRICS,
-    scored: int | None = None,
-) -> Reference:
+    model: PreTrainedModel, blocks: Tensor, mean: Tensor | None = None, batch_size: int = 8,
+    metrics: Collection[str] = METRICS, scored: int | None = None,
+) -> Reference:  # fmt: skip
     """The full model's states, and logits where ``metrics`` need them, on ``blocks`` (N, T).
 
     Args:
-        model: the full model.
-        blocks: token ids.
         mean: from :func:`mean_state` on calibration text; only ``cosine_centred`` and the trivial predictor need it.
-        batch_size: blocks a step.
         metrics: what is to be compared.
         scored: only the last ``scored`` tokens of each block; those before them are context.
     """
@@ -78,8 +61,8 @@ def reference(
     tail = slice(-(scored or blocks.shape[1]), None)
     hidden = torch.cat([last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)])
     mean = hidden.new_zeros(hidden.shape[-1]) if mean is None else mean.to(model.device)
-    context = blocks[:, : -hidden.shape[1]].to(model.device)
-    full = Reference(blocks[:, tail].to(model.device), hidden, mean, context=context)
+    blocks = blocks.to(model.device)
+    full = Reference(blocks[:, tail], hidden, mean, context=blocks[:, : -hidden.shape[1]])
     if {"kl_nats", "top1_agreement"}.isdisjoint(metrics):
         return full
     full.probabilities = torch.cat([logits_of(model, state[None]).float().softmax(-1) for state in hidden])
@@ -94,7 +77,7 @@ def reference(
 def compare(
     model: PreTrainedModel, full: Reference, batch_size: int = 8, metrics: Collection[str] = METRICS
 ) -> dict[str, np.ndarray]:
-    """Fidelity of ``model`` to the full one: name -> (N,) float64, one value a block.
+    """Fidelity of ``model`` to the full one: metric -> (N,) float64, one value per block.
 
     With h, h' the last hidden states after the final norm and p, p' the next-token distributions:
 
@@ -103,11 +86,11 @@ def compare(
     - ``mse`` = mean over tokens and units of (h - h')^2;
     - ``kl_nats`` = mean over tokens of KL(p || p'), nats;
     - ``top1_agreement`` = share of tokens where both models put the same token first, in [0, 1];
-    - ``nll_nats`` = mean of -log p'(next token), nats/token over T - 1 tokens: its exponential is the
-      perplexity.
+    - ``nll_nats`` = mean of -log p'(next token), nats/token over T - 1 tokens: its exponential is the perplexity;
+    - ``nll_capped_nats``, only if asked for: a token counts at most log V, the cost of a uniform guess.
     """
-    blocks = full.blocks if full.context is None else torch.cat([full.context, full.blocks], dim=1)
-    tail = slice(blocks.shape[1] - full.blocks.shape[1], None)
+    blocks = torch.cat([full.context, full.blocks], dim=1)
+    tail = slice(full.context.shape[1], None)
     hidden = [last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)]
     return compare_states(model, full, torch.cat(hidden), metrics)
 
@@ -116,19 +99,9 @@ def compare(
 def compare_states(
     model: PreTrainedModel, full: Reference, hidden: Tensor, metrics: Collection[str] = METRICS
 ) -> dict[str, np.ndarray]:
-    """The ``metrics`` of :func:`compare` for last hidden states that are known; ``model`` gives the head.
+    """:func:`compare` for last hidden states (C N, T, d) of C models, block after block: metric -> (C N,).
 
-    One more can be asked for: ``nll_capped_nats``, where a token counts at most log V nats, what a uniform
-    guess among the V tokens of the vocabulary costs.
-
-    Args:
-        model: the full model; a compact one shares its head.
-        full: the reference on N blocks of T tokens.
-        hidden: (N, T, d), or (C N, T, d) for C models, block after block.
-        metrics: names.
-
-    Returns:
-        name -> (N,) or (C N,) float64.
+    ``model`` is the full one; a compact one shares its head.
     """
     rows = [_compare_states(full, index, state, metrics) for index, state in enumerate(hidden)]
     if not set(metrics).isdisjoint(OF_LOGITS):
@@ -184,15 +157,13 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-def summarize(values: dict[str, np.ndarray], seed: int = 0, draws: int = 2000) -> dict[str, float]:
+def summarize(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, float]:
     """Means over blocks with 95% bootstrap intervals (``_lo``, ``_hi``); adds ``ppl`` = exp(mean NLL)."""
     row = {}
     for name, column in values.items():
-        low, high = interval(column, seed=seed, draws=draws)
+        low, high = interval(column, seed=seed)
         row |= {name: float(column.mean()), f"{name}_lo": low, f"{name}_hi": high}
-    for suffix in ("", "_lo", "_hi"):
-        row[f"ppl{suffix}"] = math.exp(row[f"nll_nats{suffix}"])
-    return row
+    return row | {f"ppl{end}": math.exp(row[f"nll_nats{end}"]) for end in ("", "_lo", "_hi")}
 
 
 def ppl_ratio(nll: np.ndarray, full: np.ndarray | float, seed: int = 0) -> dict[str, float]:
@@ -203,7 +174,6 @@ def ppl_ratio(nll: np.ndarray, full: np.ndarray | float, seed: int = 0) -> dict[
     Args:
         nll: (N,) nats/token of each block.
         full: (N,) the full model's, or its mean where ``nll`` are means of several models.
-        seed: of the bootstrap.
     """
     gap = np.asarray(nll) - np.asarray(full)
     low, high = interval(gap, seed=seed)

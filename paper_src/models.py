@@ -1,7 +1,6 @@
 """Load a language model and find its decoder layers, by structure and not by family name.
 
-With :mod:`paper_src.layers` this is all that knows how Transformers models are put together. Everything else
-asks for three things: the list of layers, the last hidden state, and the logits of a hidden state.
+With :mod:`paper_src.layers` this is all that knows how Transformers models are put together.
 """
 
 import atexit
@@ -59,8 +58,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
             (``owner/name``). Code that ships with a checkpoint is never run.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: see :func:`pick_dtype`.
         device: a torch device; ``auto``: CUDA where there is one; ``spread``: over all devices, main memory and the
-            disk, as accelerate finds room; or ``disk``: the matrices of the layers stay in the checkpoint's files,
-            and are read when they are needed.
+            disk, as accelerate finds room; or ``disk``: the matrices of the layers are read when they are needed.
 
     Raises:
         InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf.
@@ -75,32 +73,29 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     arguments = {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
-        dense = {
-            "quantization_config": GgufConfig(dequantize=True)
-        }  # plain weights, also where kernels take packed ones
-        weights = {**arguments, **dense} if gguf else {"use_safetensors": True}
-        weights |= _placement(folder, where) if placed else {}
+        # plain weights, also where kernels take packed ones
+        arguments |= {"quantization_config": GgufConfig(dequantize=True)} if gguf else {"use_safetensors": True}
+        arguments |= _placement(folder, where) if placed else {}
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **weights
+            folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **arguments
         )
     except Exception as error:  # the libraries raise a dozen types for files that cannot be read
-        reason = first_line(error)
-        raise InputError(f"cannot load {name} ({reason}): fetch the model again, or name another") from error
+        raise InputError(f"cannot load {name} ({first_line(error)}): fetch the model again, or name another") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
-    digest = "+".join(sha256(file) for file in files)
+    digest = "+".join(map(sha256, files))
     return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest)
 
 
 def _placement(folder: Path, where: str) -> dict[str, object]:
     """Arguments of ``from_pretrained`` that keep weights elsewhere than in one device's memory."""
-    scratch = Path(tempfile.mkdtemp(prefix="paper_offload_"))  # weights in another dtype than the checkpoint's
+    scratch = tempfile.mkdtemp(prefix="paper_offload_")  # weights in another dtype than the checkpoint's
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     if where == "spread":
-        return {"device_map": "auto", "offload_folder": str(scratch)}
+        return {"device_map": "auto", "offload_folder": scratch}
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     path, _ = locate_layers(empty)
@@ -109,7 +104,7 @@ def _placement(folder: Path, where: str) -> dict[str, object]:
         if next(module.parameters(recurse=False), None) is not None or not any(module.children()):
             matrix = name.startswith(f"{path}.") and isinstance(module, nn.Linear | Conv1D)
             places[name] = "disk" if matrix else "cpu"
-    return {"device_map": places, "offload_folder": str(scratch)}
+    return {"device_map": places, "offload_folder": scratch}
 
 
 def offloaded(model: nn.Module) -> bool:
@@ -155,8 +150,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except Exception as error:  # network, authorisation, unknown id: each its own class
-        reason = first_line(error)
-        raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error
+        raise InputError(
+            f"cannot get {name} from the hub ({first_line(error)}): check the name and the network"
+        ) from error
 
 
 def _forget_quantizer_(model: PreTrainedModel) -> None:
@@ -196,9 +192,8 @@ def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
 def require_finite(model: nn.Module, name: str = "the model") -> None:
     """Raise InputError with the first parameter that holds NaN or Inf."""
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_meta:  # on the disk: what it makes of text is checked
-            continue
-        if not torch.isfinite(parameter).all():
+        # of weights on the disk, what they make of text is checked
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise InputError(f"{name} has NaN or Inf in {parameter_name}: fetch or convert the weights again")
 
 
@@ -214,11 +209,8 @@ def locate_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{type(model).__name__} has two stacks of layers: use a decoder-only model")
     depth = getattr(config, "num_hidden_layers", "num_hidden_layers")
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and count_parameters(module)
-    ]
+    lists = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    found = [(path, part) for path, part in lists if len(part) == depth and count_parameters(part)]
     if not found:
         raise InputError(f"{type(model).__name__} has no list of {depth} layers: use a Transformer decoder")
     return max(found, key=lambda item: count_parameters(item[1]))
@@ -322,8 +314,7 @@ class _Fixed(nn.Module):
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (B, T, V) of last hidden states (B, T, d), exactly as the model's own forward makes them.
 
-    The model's forward runs with its stack replaced in a shallow copy, so that soft-capping, logit
-    scales and whatever else a family adds are its own code. The caller's model is not touched.
+    That forward runs in a shallow copy with its stack replaced, so that whatever a family adds is its own code.
     """
     head = copy.copy(model)
     head.__dict__.pop("forward", None)  # accelerate binds one to the instance, which a copy would share

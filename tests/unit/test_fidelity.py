@@ -152,7 +152,7 @@ def test_cosines_by_hand(llama):
     hidden[0, 0, :2], hidden[0, 1, 0] = torch.tensor([3.0, 4.0]), 1.0
     zeros = torch.zeros(1, 2)
     uniform = torch.full((1, 2, 96), 1 / 96)
-    full = Reference(zeros.long(), hidden, hidden[0, 1], uniform, zeros, zeros.long())
+    full = Reference(zeros.long(), hidden, hidden[0, 1], zeros[:, :0].long(), uniform, zeros, zeros.long())
     result = compare_constant(llama, full)
     assert result["cosine"] == pytest.approx([(3 / 5 + 1) / 2])
     assert result["mse"] == pytest.approx([(4 + 16) / 64])
