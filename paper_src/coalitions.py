@@ -1,14 +1,13 @@
 """What the model is worth with any subset of its layers, and what each layer is worth by that.
 
-``Evaluator`` is a function: kept layers -> metric on a fixed batch of text. Subsets that begin with the
-same kept layers share the work up to there, and evaluations can be kept on disk. Leave-one-out and
-Shapley values stand on it, and so do the searches of :mod:`paper_src.selection`.
+``Evaluator`` is a function: kept layers -> metric on a fixed batch of text. Leave-one-out and Shapley values stand on
+it, and so do the searches of :mod:`paper_src.selection`.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -21,7 +20,8 @@ from transformers import PreTrainedModel
 from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
 from paper_src.processes import ALONE, Processes
-from paper_src.store import Evaluation, KeptLayers, Store, View
+from paper_src.selection import KeptLayers
+from paper_src.store import Evaluation, Store
 
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")
 
@@ -82,7 +82,7 @@ class Evaluator:
         self.tokens = blocks.numel()
         self._model = model
         self._full = fidelity.reference(model, blocks, mean, len(blocks), metrics, scored)
-        self._known: View | dict[KeptLayers, Evaluation] = {}
+        self._known: dict[KeptLayers, Evaluation] = {}
         if store:
             self._known = store.view([blocks, self._full.mean_state], metrics, scored)
         self._logs: list[set[KeptLayers]] = []
@@ -96,12 +96,12 @@ class Evaluator:
         sign = -1 if self.metrics[0] in HIGHER_IS_BETTER else 1
         return (sign * self.evaluate(subsets)[:, 0]).tolist()
 
-    def evaluate(self, subsets: Iterable[Sequence[int]], progress: Callable = iter) -> np.ndarray:
+    def evaluate(self, subsets: Iterable[Sequence[int]]) -> np.ndarray:
         """(n, M) all M metrics of n subsets."""
         subsets = [self._runner.checked(kept) for kept in subsets]
         for log in self._logs:
             log.update(subsets)
-        for batch in progress(list(self._runner.batches(kept for kept in subsets if kept not in self._known))):
+        for batch in self._runner.batches(kept for kept in subsets if kept not in self._known):
             self._evaluate(batch)
         return np.array([self._known[kept].values for kept in subsets]).reshape(len(subsets), len(self.metrics))
 
@@ -132,6 +132,17 @@ class Evaluator:
                 if not math.isfinite(value):
                     raise InputError(f"{name} of kept layers {kept} is {value}: check the weights of these layers")
             self._known[kept] = Evaluation(tuple(values), len(kept) - _shared(before, kept), seconds)
+
+
+@contextmanager
+def cost_of(evaluators: Iterable[Evaluator]) -> Iterator[Cost]:
+    """What is asked of several evaluators inside the ``with``; the numbers are there when it ends."""
+    total = Cost()
+    with ExitStack() as stack:
+        parts = [stack.enter_context(evaluator.cost()) for evaluator in evaluators]
+        yield total
+    for part in parts:
+        total.add(part)
 
 
 def on_each(
@@ -240,7 +251,7 @@ Group = tuple[np.ndarray, np.ndarray, np.ndarray]
 def _shapley_groups(
     evaluators: Iterable[Evaluator], shifts: int, generator: Random, processes: Processes
 ) -> Iterator[Group]:
-    """Groups in the order of their permutations, whichever rank worked one out."""
+    """Groups in the order of their permutations, whichever process worked one out."""
     evaluators = iter(evaluators)
     while True:
         own = None
@@ -255,7 +266,7 @@ def _shapley_groups(
 
 
 def _shapley_group(evaluator: Evaluator, shifts: int, order: list[int]) -> Group:
-    """(L, M) values of one group, (M,) by how much they miss their sum, (n, 1 + M) sizes and metrics walked over."""
+    """(L, M) values of one group, (M,) their gap to v(all) - v(none), (n, 1 + M) the subsets' sizes and metrics."""
     depth = evaluator.depth
     shifted = [order[start:] + order[:start] for start in (round(i * depth / shifts) for i in range(shifts))]
     permutations = [walk for one in shifted for walk in (one, one[::-1])]

@@ -1,16 +1,18 @@
-"""Importance scores of every layer from one forward and backward pass over calibration text.
+"""Importance scores of every layer: ``SCORES`` names them all, and says which pass over calibration text gives each.
 
-Nothing is accumulated in ``.grad``. The weights stay frozen, so autograd carries only activation
-gradients; hooks reduce each weight's gradient to a few numbers a sequence the moment its parts are
-known. For a linear layer with input X and output gradient G (T tokens each) the per-sequence gradient
-is G'X, and its squared norm is taken from the smaller of G'X itself and the two T x T Gram matrices:
-||G'X||^2 = sum(XX' * GG')  (Goodfellow 2015, arXiv:1510.01799, extended from vectors to sequences).
+A new score is its function and its entry: notebook 01 runs every ``measure`` once, and tables, figures and selections
+loop over the entries. Most scores come from one forward and backward pass, :func:`score_layers`. Nothing is
+accumulated in ``.grad`` there: the weights stay frozen, so autograd carries only activation gradients, and hooks
+reduce each weight's gradient to a few numbers a sequence the moment its parts are known. For a linear layer with input
+X and output gradient G (T tokens each) the per-sequence gradient is G'X, and its squared norm is taken from the
+smaller of G'X itself and the two T x T Gram matrices: ||G'X||^2 = sum(XX' * GG')  (Goodfellow 2015, arXiv:1510.01799,
+extended from vectors to sequences).
 """
 
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,19 +23,21 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from paper_src import InputError
+from paper_src import InputError, coalitions
+from paper_src.coalitions import Cost
 from paper_src.layers import LayerRunner
 from paper_src.models import decoder_layers, last_hidden, logits_of, offloaded
+from paper_src.store import Store
 
 SINK_RATIO = 10.0  # an attention-sink token's norm is above this many times the sequence's median norm
 
 
 @dataclass
 class LayerScores:
-    """Scores of L layers on N sequences.
+    """Scores of L layers.
 
     Attributes:
-        per_sequence: name -> (N, L) float64; a layer's score is the mean over N.
+        per_sequence: name -> (N, L) float64, a row a sequence or a group of them; a layer's score is their mean.
         angular: (L+1, L+1) float64; [l, m] is the angular distance, in [0, 1], between the states before
             layers l and m at the last token (m = L: before the final norm).
         parameters: (L,) int64, parameters in each layer.
@@ -43,23 +47,25 @@ class LayerScores:
     angular: Tensor
     parameters: Tensor
 
-    def add(self, name: str, rows: Sequence[Sequence[float]]) -> None:
-        """Add a score that was measured elsewhere, (N, L): one row a sequence, or a group of them."""
-        self.per_sequence[name] = torch.stack([torch.as_tensor(row, dtype=torch.float64) for row in rows])
+    def rows(self, name: str) -> int:
+        """N of a score; of a combined score, that of its parts."""
+        return len(self.per_sequence[name if name in self.per_sequence else SCORES[name].made_of[0]])
 
-    def mean(self, name: str) -> Tensor:
-        """(L,) score: mean over sequences."""
-        return self.per_sequence[name].mean(dim=0)
+    def mean(self, name: str, rows: Sequence[int] | slice = slice(None)) -> Tensor:
+        """(L,) score: mean over the rows, all or those given; a combined score is made of such means."""
+        if name not in self.per_sequence:
+            entry = SCORES[name]
+            return entry.measure({part: self.mean(part, rows) for part in entry.made_of})
+        return self.per_sequence[name][rows].mean(dim=0)
 
     def standard_error(self, name: str) -> Tensor:
-        """(L,) standard error of :meth:`mean` over sequences; NaN for a single sequence."""
+        """(L,) standard error of :meth:`mean`; NaN for a single row."""
         values = self.per_sequence[name]
         return values.std(dim=0) / math.sqrt(len(values))
 
     def half_split_tau(self, name: str) -> float:
-        """Kendall's tau between the rankings from even and odd sequences: 1 means converged."""
-        values = self.per_sequence[name]
-        return float(kendalltau(values[0::2].mean(dim=0), values[1::2].mean(dim=0)).statistic)
+        """Kendall's tau between the rankings from even and odd rows: 1 means converged."""
+        return float(kendalltau(*(self.mean(name, slice(start, None, 2)) for start in (0, 1))).statistic)
 
 
 def score_layers(
@@ -76,21 +82,18 @@ def score_layers(
 
     - ``fisher`` = E ||g||^2, the trace of the empirical Fisher matrix; ``fisher_per_parameter`` divides
       by the layer's parameter count; ``grad_norm`` = E ||g||;
-    - ``taylor`` = E |theta . g|, the first-order change of the loss when the layer's weights go to zero
-      (Molchanov et al. 2019, arXiv:1906.10771, with the whole layer as one group);
+    - ``taylor`` = E |theta . g|, the first-order change of the loss when the layer's weights go to zero;
     - ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` (E (h - mean)^4 / variance^2)
       of the layer's output over a sequence's tokens and units, and
       ``..._no_sink`` without the tokens whose norm is above ``SINK_RATIO`` times the sequence's median;
-    - ``block_influence`` = 1 - E cos(input, output) over tokens (ShortGPT, arXiv:2403.03853, eq. 1), the
-      last layer's output taken before the final norm.
+    - ``block_influence`` = 1 - E cos(input, output) over tokens, the last layer's output before the final norm.
 
     Args:
         model: a causal model; its parameters and their ``requires_grad`` are as before on return.
         blocks: (N, T) int64 token ids, T >= 2.
         batch_size: sequences a step. 1 serves layers that mix sequences (flattened experts).
         labels: ``text``: g is of the text's own next tokens, and ``fisher`` the empirical Fisher. ``model``:
-            of next tokens drawn from the model's distribution, and ``fisher`` the true Fisher (Kunstner et
-            al. 2019, arXiv:1905.12558).
+            of next tokens drawn, by ``seed``, from the model's distribution, and ``fisher`` the true Fisher.
         seed: of the drawn labels.
         progress: wraps the iterable of batches, for example ``tqdm``.
 
@@ -124,48 +127,41 @@ def score_layers(
 
 
 def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """(L,) float64 sum over a layer's weights of |W dL/dW|, the Taylor score of Shortened LLaMA.
+    """(L,) float64 sum over a layer's weights of |W dL/dW|.
 
-    L is the mean NLL of all ``blocks`` (N, T) together, so that gradients of different texts may cancel
-    before the absolute value (Kim et al. 2024, arXiv:2402.02834, eq. 1, there with 10 x 128 tokens; the
-    ``taylor`` of :func:`score_layers` takes the whole layer as one group, and each sequence for itself).
-    Each weight's gradient is let go as soon as it is summed.
+    L is the mean NLL of all ``blocks`` (N, T) together, so that gradients of different texts may cancel before the
+    absolute value (the ``taylor`` of :func:`score_layers` takes each layer as one group, and each sequence for itself).
     """
     layers = decoder_layers(model)
     total = torch.zeros(len(layers), dtype=torch.float64)
-    handles, before = [], [(parameter, parameter.grad) for parameter in layers.parameters()]
 
-    def reduce(index: int, parameter: Tensor) -> None:
+    def add(index: int, parameter: Tensor) -> None:
         total[index] += (parameter.detach().float() * parameter.grad.float()).abs().sum(dtype=torch.float64).cpu()
-        parameter.grad = None
 
     with _frozen(model), torch.enable_grad():
-        for index, layer in enumerate(layers):
-            for parameter in layer.parameters():
-                parameter.requires_grad_(True)  # _frozen puts it back
-                parameter.grad = None
-                hook = functools.partial(reduce, index)
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        watched = [
+            _watch(parameter, functools.partial(add, index))
+            for index, layer in enumerate(layers)
+            for parameter in layer.parameters()
+        ]
         try:
             hidden = last_hidden(model, blocks)
             hidden.backward(_loss_gradient(model, hidden.detach(), blocks.to(model.device), None) / len(blocks))
         finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, gradient in before:
-                parameter.grad = gradient
+            for undo in watched:
+                undo()
     _require_finite({"weight_taylor": total[None]})
     return total
 
 
 def combined_score(scores: dict[str, Tensor]) -> Tensor:
-    """(L,) combined score in [0, 1]: the mean of the given scores, each put on a log scale and min-max scaled.
+    """(L,) combined score in [0, 1]: the mean of the given scores (L,), each put on a log scale and min-max scaled.
 
     The earlier report combined Fisher information, gradient norm and activation statistics without
     stating how; this is our definition. The log keeps one huge layer from flattening all others.
 
-    Args:
-        scores: name -> (L,) positive scores.
+    Raises:
+        InputError: a score that is not positive.
     """
     scaled = []
     for name, values in scores.items():
@@ -187,6 +183,24 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in before:
             parameter.requires_grad_(flag)
+
+
+def _watch(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Let ``reduce`` see the parameter's gradient as soon as it is known, then let it go; returns what undoes this."""
+    before, parameter.grad = parameter.grad, None
+    parameter.requires_grad_(True)  # _frozen puts it back
+
+    def hook(parameter: Tensor) -> None:
+        reduce(parameter)
+        parameter.grad = None
+
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+
+    def undo() -> None:
+        handle.remove()
+        parameter.grad = before
+
+    return undo
 
 
 def _score_batch(
@@ -288,44 +302,31 @@ class _GradientSums:
     def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int, device: torch.device | None = None):
         device = device or next(layers.parameters()).device
         self.tokens = tokens
-        self.saved: list[tuple[nn.Parameter, Tensor | None]] = []
         self.squared = torch.zeros(batch_size, len(layers), dtype=torch.float64, device=device)
         self.inner = torch.zeros_like(self.squared)
         self.inputs: dict[nn.Module, Tensor] = {}
-        self.handles = []
+        self.undo: list[Callable] = []
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
                 own = list(module.parameters(recurse=False))
                 if isinstance(module, nn.Linear | Conv1D) or all(parameter.ndim == 1 for parameter in own):
                     if own:
-                        self.handles.append(module.register_forward_hook(self._forward_hook(index, name)))
-                else:
-                    self._watch(index, name, own)
+                        self.undo.append(module.register_forward_hook(self._forward_hook(index, name)).remove)
+                elif batch_size == 1:
+                    self.undo += [_watch(parameter, functools.partial(self._add, index)) for parameter in own]
+                else:  # experts and routers: their gradients are known for the whole batch only
+                    self.remove()
+                    raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
 
     def remove(self) -> None:
         """Take the hooks off and let go of what they hold."""
-        for handle in self.handles:
-            handle.remove()
+        for undo in self.undo:
+            undo()
         self.inputs.clear()
-        for parameter, gradient in self.saved:
-            parameter.grad = gradient
 
-    def _watch(self, index: int, name: str, parameters: list[nn.Parameter]) -> None:
-        """Experts and routers mix a batch's sequences: take their parameters' own gradients, one sequence a step."""
-        if len(self.squared) > 1:
-            self.remove()
-            raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
-
-        def reduce(parameter: Tensor) -> None:
-            self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
-            self.inner[0, index] += _sum_products(parameter.grad[None], parameter.detach()[None])[0]
-            parameter.grad = None
-
-        for parameter in parameters:
-            self.saved.append((parameter, parameter.grad))
-            parameter.grad = None
-            parameter.requires_grad_(True)  # _frozen puts it back
-            self.handles.append(parameter.register_post_accumulate_grad_hook(reduce))
+    def _add(self, index: int, parameter: Tensor) -> None:
+        self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
+        self.inner[0, index] += _sum_products(parameter.grad[None], parameter.detach()[None])[0]
 
     def _forward_hook(self, index: int, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -345,8 +346,8 @@ class _GradientSums:
             @torch.no_grad()
             def reduce(gradient: Tensor) -> None:
                 # an in-place sum (Falcon's MLP and attention) has overwritten the output: make it again
-                kept = value if value._version == version else module.forward(self.inputs[module])
-                self._reduce(index, module, kept, gradient)
+                known = value if value._version == version else module.forward(self.inputs[module])
+                self._reduce(index, module, known, gradient)
 
             output.register_hook(reduce)
 
@@ -466,3 +467,163 @@ def _require_finite(per_sequence: dict[str, Tensor]) -> None:
         if not torch.isfinite(values).all():
             row, layer = (~torch.isfinite(values)).nonzero()[0].tolist()
             raise InputError(f"score {name!r} of layer {layer} is not finite, sequence {row}: check the weights")
+
+
+@dataclass
+class Calibration:
+    """What a score may be measured on, and with which budget.
+
+    Attributes:
+        model: the full model; no measure changes it.
+        blocks: (N, T) token ids for the scores that need gradients or activations.
+        windows: (M, T') token ids for those that leave layers out.
+        batch_size: blocks a step.
+        true_sequences: blocks for the true Fisher.
+        taylor_sequences: blocks whose gradient is summed for the Taylor score by weight.
+        loo_windows: windows for leave-one-out, two a group.
+        scored: tokens at the end of each window that enter the Shapley values' loss.
+        target: standard error, as a share of the largest value, at which Shapley sampling stops.
+        seed: of drawn labels and permutations.
+        progress: ``progress(items, what)`` -> items, with a bar.
+        store: keeps evaluations on disk.
+    """
+
+    model: PreTrainedModel
+    blocks: Tensor
+    windows: Tensor
+    batch_size: int = 8
+    true_sequences: int = 24
+    taylor_sequences: int = 10
+    loo_windows: int = 12
+    scored: int | None = None
+    target: float = 0.05
+    seed: int = 0
+    progress: Callable[[Iterable, str], Iterable] = lambda items, what: items
+    store: Store | None = None
+
+    def pass_cost(self, blocks: Tensor, count: int = 1) -> Cost:
+        """Of ``count`` forward and backward passes over ``blocks`` together: a backward pass costs two forward ones."""
+        return Cost(count, 3 * blocks.numel())
+
+    @functools.cached_property
+    def one_pass(self) -> LayerScores:
+        """The scores of the one pass, with the angular distances and the layers' sizes."""
+        bar = functools.partial(self.progress, what="scores")
+        return score_layers(self.model, self.blocks, self.batch_size, progress=bar)
+
+    @functools.cached_property
+    def shapley(self) -> tuple[coalitions.ShapleyValues, Cost]:
+        """Shapley values with each token's loss capped at log V and without; a group of permutations a window."""
+        cost = Cost()
+        groups = self.progress(self.windows.split(1), "Shapley")
+        metrics = ["nll_capped_nats", "nll_nats"]
+        evaluators = coalitions.on_each(self.model, groups, cost, metrics=metrics, scored=self.scored, store=self.store)
+        return coalitions.shapley(evaluators, self.target, seed=self.seed), cost
+
+
+Measured = tuple[dict[str, Tensor], Cost]  # name -> (N, L) float64; seconds of 0 are for the caller to measure
+
+
+def one_pass(calibration: Calibration) -> Measured:
+    """All scores of :func:`score_layers`."""
+    return calibration.one_pass.per_sequence, calibration.pass_cost(calibration.blocks)
+
+
+def fisher_true(calibration: Calibration) -> Measured:
+    """Fisher information with labels drawn from the model."""
+    blocks = calibration.blocks[: calibration.true_sequences]
+    bar = functools.partial(calibration.progress, what="true Fisher")
+    found = score_layers(calibration.model, blocks, calibration.batch_size, "model", calibration.seed, bar)
+    return {"fisher_true": found.per_sequence["fisher"]}, calibration.pass_cost(blocks)
+
+
+def taylor_by_weight(calibration: Calibration) -> Measured:
+    """:func:`weight_taylor` of up to four batches, which give it a standard error."""
+    size = calibration.taylor_sequences
+    blocks = calibration.blocks[: size * min(4, len(calibration.blocks) // size)]
+    batches = blocks.split(size)
+    rows = [weight_taylor(calibration.model, batch) for batch in calibration.progress(batches, "Taylor")]
+    return {"weight_taylor": torch.stack(rows)}, calibration.pass_cost(blocks, len(batches))
+
+
+def leave_one_out(calibration: Calibration) -> Measured:
+    """What the model loses without each layer, nats/token."""
+    cost = Cost()
+    groups = calibration.progress(calibration.windows[: calibration.loo_windows].split(2), "leave-one-out")
+    evaluators = coalitions.on_each(calibration.model, groups, cost, store=calibration.store)
+    return {"leave_one_out": torch.tensor(coalitions.leave_one_out(evaluators), dtype=torch.float64)}, cost
+
+
+def shapley(calibration: Calibration) -> Measured:
+    """How much a layer lowers the capped loss on average, as layers are added in random order, nats/token."""
+    values, cost = calibration.shapley
+    return {"shapley": torch.tensor(values.groups[:, :, 0], dtype=torch.float64)}, cost
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way to say how much a layer matters.
+
+    Attributes:
+        title: its name in figures.
+        kind: ``gradient``, ``activation``, ``removal`` (layers are left out for real) or ``combined``.
+        source: the paper.
+        measure: of a :class:`Calibration`, what it and the scores of the same pass are, and their cost; of a combined
+            score, a function of the mean scores that it is made of.
+        made_of: names of those, for a combined score.
+    """
+
+    title: str
+    kind: str
+    source: str
+    measure: Callable
+    made_of: tuple[str, ...] = ()
+
+
+REPORT = "the earlier report"
+MOMENT = "the earlier report: activation statistics"
+NO_SINK = "ours: without attention sinks (Xiao et al. 2024, arXiv:2309.17453)"
+FISHER = "Kunstner et al. 2019, arXiv:1905.12558"
+SCORES = {
+    "fisher": Score("Fisher (empirical)", "gradient", FISHER, one_pass),
+    "fisher_true": Score("Fisher (true)", "gradient", FISHER, fisher_true),
+    "fisher_per_parameter": Score("Fisher / parameter", "gradient", "ours", one_pass),
+    "grad_norm": Score("gradient norm", "gradient", REPORT, one_pass),
+    "taylor": Score("Taylor", "gradient", "Molchanov et al. 2019, arXiv:1906.10771; a layer is one group", one_pass),
+    "weight_taylor": Score(
+        "Taylor, by weight", "gradient", "Kim et al. 2024, arXiv:2402.02834, eq. 1", taylor_by_weight
+    ),
+    "block_influence": Score("block influence", "activation", "Men et al. 2024, arXiv:2403.03853, eq. 1", one_pass),
+    "activation_variance": Score("activation variance", "activation", MOMENT, one_pass),
+    "activation_variance_no_sink": Score("variance, no sinks", "activation", NO_SINK, one_pass),
+    "activation_mean_abs": Score("mean |activation|", "activation", MOMENT, one_pass),
+    "activation_mean_abs_no_sink": Score("mean |act.|, no sinks", "activation", NO_SINK, one_pass),
+    "activation_kurtosis": Score("kurtosis", "activation", MOMENT, one_pass),
+    "activation_kurtosis_no_sink": Score("kurtosis, no sinks", "activation", NO_SINK, one_pass),
+    "leave_one_out": Score("leave-one-out", "removal", "Kim et al. 2024, arXiv:2402.02834, section 3.1", leave_one_out),
+    "shapley": Score("Shapley", "removal", "Castro et al. 2009, doi:10.1016/j.cor.2008.04.004", shapley),
+    "combined": Score(
+        "combined", "combined", "ours: the earlier report gives no formula", combined_score,
+        made_of=("fisher", "grad_norm", "activation_variance"),
+    ),
+}  # fmt: skip
+
+
+def title(score: str) -> str:
+    """A score's name in figures."""
+    return SCORES[score].title if score in SCORES else score.replace("_", " ")
+
+
+def pass_name(measure: Callable) -> str:
+    """How t1_cost names a pass: by its score, or, where several scores come from it, by itself."""
+    names = [name for name, score in SCORES.items() if score.measure is measure]
+    return names[0] if len(names) == 1 else measure.__name__.replace("_", " ")
+
+
+def passes(name: str) -> list[str]:
+    """The passes that a score, or what else comes with the one pass, is read from, as t1_cost names them."""
+    if name not in SCORES:
+        return [pass_name(one_pass)]
+    entry = SCORES[name]
+    found = [part for other in entry.made_of for part in passes(other)] or [pass_name(entry.measure)]
+    return list(dict.fromkeys(found))

@@ -1,11 +1,12 @@
-"""Tables, figures and provenance of one section, written whole or not at all.
+"""Which layers stay: (scores, or an evaluator of subsets, and k) -> kept layers.
 
-A section is a notebook. Sections pass nothing to one another but files: a table is a CSV at full
-precision (with a Markdown and a LaTeX copy for reading), a figure is SVG, PDF and PNG drawn from tables.
+``STRATEGIES`` names them all. A new strategy is its function and its entry there: tables, figures and sweeps loop
+over the entries, and set random selections beside each.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
 from typing import Protocol
@@ -14,17 +15,6 @@ import torch
 from torch import Tensor
 
 from paper_src import InputError
-
-
-def kept_text(kept: Iterable[int]) -> str:
-    """Kept layers as they stand in tables: ``0 1 8``."""
-    return " ".join(map(str, kept))
-
-
-def kept_tuple(text: str) -> tuple[int, ...]:
-    """The inverse of :func:`kept_text`."""
-    return tuple(map(int, str(text).split()))
-
 
 KeptLayers = tuple[int, ...]
 
@@ -38,6 +28,68 @@ class Evaluator(Protocol):
 
 
 Stages = Sequence[tuple[Evaluator, int]]
+
+
+@dataclass
+class Search:
+    """What a search is given.
+
+    Attributes:
+        looks: three evaluators on more and more calibration text: a first look, what published searches see, all of it.
+        survivors: candidates that get from the first look to the last.
+        evolution: ``generations``, ``offspring``, ``initial`` and ``seed`` of :func:`evopress`.
+        found: strategy -> kept layers, from the searches before this one at the same k.
+    """
+
+    looks: Sequence[Evaluator]
+    survivors: int = 6
+    evolution: dict[str, int] = field(default_factory=dict)
+    found: dict[str, KeptLayers] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> Stages:
+        """All candidates are seen by the first look, and the best of them by the last."""
+        return [(self.looks[0], self.survivors), (self.looks[-1], 1)]
+
+    @property
+    def best(self) -> KeptLayers:
+        """The best of ``found``, as the last look judges it."""
+        return min(self.found.values(), key=lambda kept: self.looks[-1].losses([kept])[0])
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to choose layers.
+
+    Attributes:
+        function: ``function(given, k)`` -> kept layers.
+        title: its name in figures.
+        kind: ``score``: any score can be given. ``published``: the paper says which one. ``rule``: the depth alone.
+            ``search``: it asks the model.
+        needs: what is given: ``score`` (L,), the name of a score, ``angular`` (L+1, L+1), ``depth``, or ``search``.
+        source: the paper.
+    """
+
+    function: Callable[..., KeptLayers]
+    title: str
+    kind: str
+    needs: str
+    source: str
+
+
+def of_kind(*kinds: str) -> dict[str, Strategy]:
+    """The entries of ``STRATEGIES`` of these kinds, in its order."""
+    return {name: strategy for name, strategy in STRATEGIES.items() if strategy.kind in kinds}
+
+
+def kept_text(kept: Iterable[int]) -> str:
+    """Kept layers as they stand in tables: ``0 1 8``."""
+    return " ".join(map(str, kept))
+
+
+def kept_tuple(text: str) -> KeptLayers:
+    """The inverse of :func:`kept_text`."""
+    return tuple(map(int, str(text).split()))
 
 
 def top_k(scores: Sequence[float], k: int) -> KeptLayers:
@@ -62,9 +114,9 @@ def top_k(scores: Sequence[float], k: int) -> KeptLayers:
 def distributed(scores: Sequence[float], k: int, regions: int = 4) -> KeptLayers:
     """The best layers of each of ``regions`` equal stretches of the depth (the earlier report's strategy).
 
-    Every region gives k // regions layers. What is left over goes, one layer a region, to the regions
-    whose next-best layer scores highest; a region that runs out passes its share on in the same way.
-    Boundaries are at round(i L / regions); with fewer layers than regions, k regions are used.
+    Every region gives k // regions layers. What is left over goes, one layer a region, to the regions whose
+    next-best layer scores highest; a region that runs out passes its share on in the same way. Boundaries are at
+    round(i L / regions); with fewer layers than regions, k regions are used.
 
     Example:
         >>> distributed([9, 8, 1, 2, 5, 1, 1, 6], k=4, regions=2)
@@ -109,13 +161,9 @@ def first_and_last(depth: int, k: int) -> KeptLayers:
 
 
 def drop_block(angular: Tensor, k: int) -> KeptLayers:
-    """All layers but the contiguous block [l, l + n), n = L - k, whose input and output are nearest in angle.
+    """All but the contiguous block [l, l + n), n = L - k, whose input and output are nearest in angle.
 
-    Gromov et al. 2024 (arXiv:2403.17887), section 3: l minimizes the angular distance d(l, l + n).
-
-    Args:
-        angular: (L+1, L+1) distances, as in ``LayerScores.angular``.
-        k: number of layers to keep.
+    l minimizes the angular distance d(l, l + n), which ``angular`` (L+1, L+1) holds: see ``LayerScores.angular``.
     """
     depth = len(angular) - 1
     _check_k(k, depth)
@@ -127,23 +175,8 @@ def drop_block(angular: Tensor, k: int) -> KeptLayers:
     return tuple(layer for layer in range(depth) if not start <= layer < start + removed)
 
 
-def shortgpt(block_influence: Sequence[float], k: int) -> KeptLayers:
-    """The k layers of highest block influence (Men et al. 2024, arXiv:2403.03853): :func:`top_k` by that score."""
-    return top_k(block_influence, k)
-
-
-def shortened_llama_ppl(leave_one_out: Sequence[float], k: int) -> KeptLayers:
-    """The k layers whose removal, each alone, costs most (Kim et al. 2024, arXiv:2402.02834, section 3.1, "PPL").
-
-    Args:
-        leave_one_out: (L,) NLL without each layer; the order is taken once and never updated.
-        k: number of layers to keep.
-    """
-    return top_k(leave_one_out, k)
-
-
 def shortened_llama_taylor_plus(taylor: Sequence[float], k: int, first: int = 4, last: int = 2) -> KeptLayers:
-    """The first 4 and last 2 layers, then the highest of ``taylor`` (arXiv:2402.02834, section 3.1, "Taylor+").
+    """The first 4 and last 2 layers, then the highest of ``taylor``.
 
     Where k is below ``first + last``, the first layers go before the last ones: k = 4 keeps the first 2 and last 2.
 
@@ -161,10 +194,7 @@ def shortened_llama_taylor_plus(taylor: Sequence[float], k: int, first: int = 4,
 
 
 def sleb(evaluator: Evaluator, k: int, progress: Callable = iter) -> KeptLayers:
-    """Greedy removal: drop the layer whose loss is least, again and again (Song et al. 2024, arXiv:2402.09025).
-
-    Of equal losses the earlier candidate in layer order is dropped.
-    """
+    """Greedy removal: drop the layer whose loss is least, again and again; of equal losses the earlier layer."""
     return beam_search([(evaluator, 1)], k, progress)
 
 
@@ -189,7 +219,6 @@ def swap_refinement(stages: Stages, kept: Sequence[int], rounds: int = 10) -> Ke
     """``kept`` improved: add the layer that helps most, drop the one that costs least, until nothing changes.
 
     A swap is accepted only if it lowers the loss of the last stage, so the result is never worse than the start.
-    Stages as in :func:`beam_search`.
     """
     kept = tuple(sorted(kept))
     depth = stages[0][0].depth
@@ -217,23 +246,12 @@ def evopress(
     start: KeptLayers | None = None,
     progress: Callable = iter,
 ) -> KeptLayers:
-    """Evolutionary search at fixed k (Sieberling et al. 2024, arXiv:2410.14649, algorithm 1, "level switch").
+    """Evolutionary search at fixed k (algorithm 1 of the paper, "level switch").
 
-    The best of ``initial`` random subsets becomes the parent. Each generation makes ``offspring`` copies with
-    min(U{1..mutations}, U{1..mutations}) swaps of a kept for a dropped layer, and selects in stages, each on
-    more text than the one before; the parent takes part in the last.
-
-    Args:
-        stages: (evaluator, survivors) from little to much text; the paper takes 2 and 1 survivors and the KL
-            divergence to the full model.
-        k: number of layers to keep.
-        generations: the paper takes hundreds; its figures hardly move after a few tens for whole layers.
-        offspring: children a generation.
-        initial: random subsets of the start, judged by the first stage.
-        mutations: most swaps a child.
-        seed: of all draws.
-        start: the first parent, instead of the best of random subsets.
-        progress: wraps the iterable of generations.
+    The best of ``initial`` random subsets, or ``start``, becomes the parent. Each generation makes ``offspring``
+    copies with min(U{1..mutations}, U{1..mutations}) swaps of a kept for a dropped layer, and selects in stages; the
+    parent takes part in the last. The paper takes 2 and 1 survivors, the KL divergence to the full model and hundreds
+    of ``generations``; for whole layers its figures hardly move after a few tens.
     """
     depth = stages[0][0].depth
     _check_k(k, depth)
@@ -299,3 +317,35 @@ def _checked(scores: Sequence[float]) -> list[float]:
 def _check_k(k: int, depth: int) -> None:
     if not 1 <= k <= depth:
         raise InputError(f"k = {k} of {depth} layers: keep between 1 and {depth}")
+
+
+SHORTENED_LLAMA = "Kim et al. 2024, arXiv:2402.02834, section 3.1"
+STRATEGIES = {
+    "top_k": Strategy(top_k, "top k", "score", "score", "the earlier report"),
+    "distributed": Strategy(distributed, "distributed", "score", "score", "the earlier report"),
+    "shortgpt": Strategy(top_k, "ShortGPT", "published", "block_influence", "Men et al. 2024, arXiv:2403.03853"),
+    "shortened_llama_ppl": Strategy(top_k, "PPL", "published", "leave_one_out", SHORTENED_LLAMA),
+    "shortened_llama_taylor_plus": Strategy(
+        shortened_llama_taylor_plus, "Taylor+", "published", "weight_taylor", SHORTENED_LLAMA
+    ),
+    "drop_block": Strategy(
+        drop_block, "angular block", "published", "angular", "Gromov et al. 2024, arXiv:2403.17887, section 3"
+    ),
+    "evenly_spaced": Strategy(evenly_spaced, "evenly spaced", "rule", "depth", "control without a score"),
+    "first_and_last": Strategy(first_and_last, "first and last", "rule", "depth", "control without a score"),
+    "sleb": Strategy(
+        lambda search, k: sleb(search.looks[1], k), "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"
+    ),
+    "evopress": Strategy(
+        lambda search, k: evopress([(search.looks[0], 2), (search.looks[1], 1)], k, **search.evolution),
+        "EvoPress", "search", "search", "Sieberling et al. 2024, arXiv:2410.14649",
+    ),
+    "staged": Strategy(
+        lambda search, k: beam_search(search.stages, k), "staged removal", "search", "search",
+        "ours: greedy removal that spends most text on the best candidates",
+    ),
+    "swap": Strategy(
+        lambda search, k: swap_refinement(search.stages, search.best), "swaps", "search", "search",
+        "ours: improves what the searches before it found",
+    ),
+}  # fmt: skip

@@ -14,9 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError
+from paper_src.selection import KeptLayers, kept_text, kept_tuple
 
-KeptLayers = tuple[int, ...]
 CODE = ("models.py", "layers.py", "fidelity.py", "coalitions.py")  # evaluations by older code are not read
+TABLE = (
+    "CREATE TABLE IF NOT EXISTS evaluation"
+    " (known_by TEXT, kept TEXT, metrics TEXT, layer_runs INT, seconds REAL, PRIMARY KEY (known_by, kept))"
+)
 
 
 class Evaluation(NamedTuple):
@@ -28,78 +32,61 @@ class Evaluation(NamedTuple):
 
 
 class Store:
-    """An SQLite file of evaluations of one model's subsets; each is on disk once it is set.
+    """An SQLite file of evaluations; those of other weights, texts, metrics or code may stand in it and are not read.
 
-    A file that is damaged or no database is moved aside, with a warning, and a new one begun. Evaluations of other
-    weights, texts, metrics or code may stand in the same file; they are not read.
-
-    Args:
-        path: the file; its folder is made if it is not there.
-        model: its weights are part of what an evaluation is known by.
+    A file that is damaged or no database is moved aside, with a warning, and a new one begun.
 
     Raises:
         InputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, model: PreTrainedModel):
-        self.path = Path(path)
+        path = Path(path)
         code = [Path(__file__).with_name(name).read_bytes() for name in CODE]
         versions = [version(package) for package in ("torch", "transformers")]
         words = [*code, *versions, model.device.type, model.config.to_json_string()]
         self._model = _digest(model.state_dict().values(), *words)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._open()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _opened(path)
         except (OSError, sqlite3.OperationalError) as error:  # no folder, no right to write, in use elsewhere
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot write {self.path} ({reason}): choose another folder") from error
+            raise InputError(f"cannot write {path} ({reason}): choose another folder") from error
         except sqlite3.DatabaseError as error:
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            warnings.warn(f"{self.path} is damaged ({error}): moved to {aside.name}, computed anew", stacklevel=2)
-            self.path.replace(aside)
-            self._file = self._open()
-
-    def _open(self) -> sqlite3.Connection:
-        file = sqlite3.connect(self.path, isolation_level=None)  # each statement is a transaction
-        file.execute("PRAGMA synchronous = OFF")  # what is written outlives the process; a power cut may damage it
-        problem = file.execute("PRAGMA integrity_check").fetchone()[0]
-        if problem != "ok":
-            raise sqlite3.DatabaseError(problem.splitlines()[0])
-        file.execute(
-            "CREATE TABLE IF NOT EXISTS evaluation"
-            " (known_by TEXT, kept TEXT, metrics TEXT, layer_runs INT, seconds REAL, PRIMARY KEY (known_by, kept))"
-        )
-        return file
+            aside = path.with_name(f"{path.name}.damaged")
+            warnings.warn(f"{path} is damaged ({error}): moved to {aside.name}, computed anew", stacklevel=2)
+            path.replace(aside)
+            self._file = _opened(path)
 
     def view(self, tensors: Iterable[Tensor], *words: object) -> "View":
         """The evaluations known by this model, by ``tensors`` (text) and by ``words`` (metrics)."""
         return View(self._file, _digest(tensors, self._model, *words))
 
 
-class View:
-    """A dictionary kept layers -> :class:`Evaluation` of one model, text and list of metrics."""
+class View(dict[KeptLayers, Evaluation]):
+    """Kept layers -> evaluation of one model, text and list of metrics; each is on disk once it is set."""
 
     def __init__(self, file: sqlite3.Connection, known_by: str):
         self._file, self._known_by = file, known_by
         rows = file.execute("SELECT kept, metrics, layer_runs, seconds FROM evaluation WHERE known_by = ?", [known_by])
-        self._known = {
-            tuple(map(int, kept.split())): Evaluation(tuple(json.loads(values)), *cost) for kept, values, *cost in rows
-        }
-
-    def __contains__(self, kept: KeptLayers) -> bool:
-        return kept in self._known
-
-    def __getitem__(self, kept: KeptLayers) -> Evaluation:
-        return self._known[kept]
+        for kept, values, *cost in rows:
+            super().__setitem__(kept_tuple(kept), Evaluation(tuple(json.loads(values)), *cost))
 
     def __setitem__(self, kept: KeptLayers, evaluation: Evaluation) -> None:
         values, *cost = evaluation
-        row = [self._known_by, " ".join(map(str, kept)), json.dumps(values), *cost]
+        row = [self._known_by, kept_text(kept), json.dumps(values), *cost]
         self._file.execute("INSERT OR REPLACE INTO evaluation VALUES (?, ?, ?, ?, ?)", row)
-        self._known[kept] = evaluation
+        super().__setitem__(kept, evaluation)
 
-    def __len__(self) -> int:
-        return len(self._known)
+
+def _opened(path: Path) -> sqlite3.Connection:
+    file = sqlite3.connect(path, isolation_level=None)  # each statement is a transaction
+    file.execute("PRAGMA synchronous = OFF")  # what is written outlives the process; a power cut may damage it
+    problem = file.execute("PRAGMA integrity_check").fetchone()[0]
+    if problem != "ok":
+        raise sqlite3.DatabaseError(problem.splitlines()[0])
+    file.execute(TABLE)
+    return file
 
 
 def _digest(tensors: Iterable[Tensor], *words: object) -> str:

@@ -20,24 +20,6 @@ STYLE = {
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7f7f7f",
 )  # fmt: skip
-TITLES = {
-    "fisher": "Fisher (empirical)",
-    "fisher_true": "Fisher (true)",
-    "fisher_per_parameter": "Fisher / parameter",
-    "grad_norm": "gradient norm",
-    "taylor": "Taylor",
-    "weight_taylor": "Taylor, by weight",
-    "block_influence": "block influence",
-    "activation_variance": "activation variance",
-    "activation_variance_no_sink": "variance, no sinks",
-    "activation_mean_abs": "mean |activation|",
-    "activation_mean_abs_no_sink": "mean |act.|, no sinks",
-    "activation_kurtosis": "kurtosis",
-    "activation_kurtosis_no_sink": "kurtosis, no sinks",
-    "leave_one_out": "leave-one-out",
-    "shapley": "Shapley",
-    "combined": "combined",
-}
 TASKS = {
     "prefill_hidden": "prefill, hidden states",
     "prefill_logits": "prefill with logits",

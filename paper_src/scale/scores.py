@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def layer_scores(
     own = scoring.score_layers(model, processes.mine(blocks), batch_size)
     found = scoring.LayerScores({}, own.angular, own.parameters)
     for name, rows in own.per_sequence.items():
-        found.add(name, processes.woven(list(rows)))
+        found.per_sequence[name] = torch.stack(processes.woven(list(rows)))
     columns = {"layer": np.arange(len(own.parameters))}
     for name in found.per_sequence:
         columns |= {name: found.mean(name), f"{name}_se": found.standard_error(name)}

@@ -16,7 +16,6 @@ from paper_src.files import replacing
 from paper_src.models import Loaded
 from paper_src.selection import kept_text
 
-STRATEGIES = ("top_k", "distributed", "random")
 METRICS = ("cosine", "kl_nats", "top1_agreement", "nll_nats")
 
 
@@ -26,13 +25,16 @@ def chosen(scores: pd.DataFrame, strategy: str, score: str, k: int, seed: int) -
     Raises:
         InputError: no such strategy or score.
     """
-    if strategy not in STRATEGIES:
-        raise InputError(f"strategy {strategy!r}: use one of {STRATEGIES}")
     if strategy == "random":
         return selection.random_draws(len(scores), k, 1, seed)[0]
-    if score not in scores:
-        raise InputError(f"no score {score!r}: there are {[name for name in scores if not name.endswith('_se')][1:]}")
-    return getattr(selection, strategy)(scores[score].tolist(), k)
+    known = selection.of_kind("score", "published", "rule")
+    if strategy not in known:
+        raise InputError(f"strategy {strategy!r}: use one of {('random', *known)}")
+    needs = score if known[strategy].kind == "score" else known[strategy].needs
+    given = {"depth": len(scores), **scores}
+    if needs not in given:
+        raise InputError(f"no score {needs!r}: there are {[name for name in scores if not name.endswith('_se')][1:]}")
+    return known[strategy].function(given[needs], k)
 
 
 def measured(loaded: Loaded, kept: tuple[int, ...], text: str, shape: tuple[int, int]) -> dict[str, float]:

@@ -25,8 +25,8 @@ from paper_src.baselines.earlier_practice import (
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.compaction import compact
 from paper_src.models import decoder_layers
-from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE, TITLES
-from paper_src.scoring import score_layers
+from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
+from paper_src.scoring import score_layers, title
 from paper_src.selection import KeptLayers, kept_text, top_k
 from paper_src.stats import control_p_value
 
@@ -229,7 +229,7 @@ def _made_up(axis: Axes, drawn: pd.DataFrame, scores: pd.DataFrame) -> None:
     tops, unit = scores.sort_values("ppl_ratio"), axis.get_ylim()[1] / 20
     for index, row in enumerate(tops.itertuples()):
         axis.plot(np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index), "o", ms=3.5, color=BLUE)
-        label = f"{TITLES.get(row.score, row.score.replace('_', ' '))} (p = {row.p_ppl:.2f})"
+        label = f"{title(row.score)} (p = {row.p_ppl:.2f})"
         axis.annotate(label, (np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index)), textcoords="offset points",
                       xytext=(5, -2), size=5.5)  # fmt: skip
     axis.margins(x=0.05)

@@ -1,217 +1,77 @@
 """Section 1: what the scores say of each layer, whether they have converged, and what a layer is worth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import kendalltau
 
 from paper_src.coalitions import Cost, ShapleyValues
 from paper_src.reporting import reported
-from paper_src.reporting.style import BLUE, RED, STYLE, TITLES
-from paper_src.scoring import LayerScores, combined_score
+from paper_src.reporting.style import BLUE, RED, STYLE
+from paper_src.scoring import SCORES, LayerScores, pass_name, title
 
-
-def f1_importance(table: pd.DataFrame, scores: list[str]) -> Figure:
-    """Each score over the depth, with its standard error; Fisher's first and last layers stand out or not."""
-    columns = 4
-    rows = -(-len(scores) // columns)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(10, 1.9 * rows), sharex=True, squeeze=False)
-        for axis, score in zip(axes.flat, scores, strict=False):
-            error = table.get(f"{score}_se", pd.Series(np.zeros(len(table))))
-            axis.bar(table["layer"], table[score], yerr=error, color=BLUE, width=0.8, error_kw={"elinewidth": 0.7})
-            axis.set_title(TITLES.get(score, score))
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            values = table[score]
-            if values.min() > 0 and values.max() / values.median() > 20:
-                axis.set_yscale("log")
-        for axis in axes.flat[len(scores) :]:
-            axis.set_visible(False)
-        for column in range(columns):
-            bottom = max(row for row in range(rows) if axes[row, column].get_visible())
-            axes[bottom, column].set_xlabel("layer")
-            axes[bottom, column].tick_params(labelbottom=True)
-        figure.suptitle("Importance of each layer, by score (bars: standard error over sequences)")
-    plt.close(figure)
-    return figure
-
-
-def f1_agreement(table: pd.DataFrame) -> Figure:
-    """Kendall's tau between scores; the diagonal holds tau between the two halves of the calibration text."""
-    names = list(dict.fromkeys(table["score_a"]))
-    matrix = table.pivot(index="score_a", columns="score_b", values="kendall_tau").loc[names, names]
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure, axis = plt.subplots(figsize=(7.4, 6.2))
-        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
-        labels = [TITLES.get(name, name.replace("_", " ")) for name in names]
-        axis.set_xticks(range(len(names)), labels, rotation=40, ha="right")
-        axis.set_yticks(range(len(names)), labels)
-        for (row, column), value in np.ndenumerate(matrix.to_numpy()):
-            colour = "white" if abs(value) > 0.6 else "black"
-            weight = "bold" if row == column else "normal"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", size=6.5, color=colour, weight=weight)
-        figure.colorbar(image, label="Kendall's tau", shrink=0.8)
-        axis.set_title("Do scores rank layers alike? Diagonal: two halves of the text")
-    plt.close(figure)
-    return figure
-
-
-def f1_causal(table: pd.DataFrame, agreement: pd.DataFrame, scores: list[str]) -> Figure:
-    """Scores of gradients and activations (columns) against what removing layers really costs (rows), a dot a layer.
-
-    Args:
-        table: t1_importance.
-        agreement: t1_agreement, for Kendall's tau and its interval.
-        scores: the columns.
-    """
-    titles = {"leave_one_out": "leave-one-out, nats/token", "shapley": "Shapley value, nats/token"}
-    taus = agreement.set_index(["score_a", "score_b"])
-    with matplotlib.rc_context(STYLE):
-        size = (2.5 * len(scores), 5)
-        figure, axes = plt.subplots(len(titles), len(scores), figsize=size, sharex="col", sharey="row", squeeze=False)
-        for row, (causal, title) in zip(axes, titles.items(), strict=True):
-            for axis, score in zip(row, scores, strict=True):
-                error = {"xerr": table[f"{score}_se"], "yerr": table[f"{causal}_se"]}
-                axis.errorbar(table[score], table[causal], **error, ls="", marker="o", ms=3, color=BLUE, elinewidth=0.6)
-                for layer in table.nlargest(4, causal)["layer"]:
-                    place = (table.loc[layer, score], table.loc[layer, causal])
-                    axis.annotate(str(layer), place, textcoords="offset points", xytext=(4, 2), size=7)
-                tau = taus.loc[(score, causal)]
-                low, high = tau["kendall_tau_lo"], tau["kendall_tau_hi"]
-                axis.set_title(f"tau {tau['kendall_tau']:.2f} [{low:.2f}, {high:.2f}]", weight="normal")
-                axis.set_yscale("symlog", linthresh=0.1)
-                if table[score].min() > 0 and table[score].max() / table[score].median() > 20:
-                    axis.set_xscale("log")
-            row[0].set_ylabel(title)
-        for axis, score in zip(axes[-1], scores, strict=True):
-            axis.set_xlabel(TITLES.get(score, score))
-        figure.suptitle("Do cheap scores say what a layer is worth? (the four layers worth most are numbered)")
-    plt.close(figure)
-    return figure
-
-
-def f1_saturation(coalitions: pd.DataFrame, causal: pd.DataFrame, cap: float) -> Figure:
-    """Why the loss is capped: what coalitions of each size lose, and the Shapley values with and without the cap.
-
-    Args:
-        coalitions: t1_saturation.
-        causal: t1_causal.
-        cap: log V, nats.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-        rows = coalitions[coalitions["layers"] > 0]
-        left.fill_between(rows["layers"], rows["nll_nats_p10"], rows["nll_nats_p90"], color=RED, alpha=0.2, lw=0,
-                          label="10% to 90% of coalitions")  # fmt: skip
-        left.plot(rows["layers"], rows["nll_nats_median"], color=RED, label="NLL, median")
-        left.plot(rows["layers"], rows["nll_capped_nats_median"], color=BLUE, label="each token capped, median")
-        left.axhline(cap, color="black", ls="--", lw=1, label="uniform guess, log V")
-        left.set_xlabel("layers in the coalition")
-        left.set_ylabel("nats/token")
-        none = coalitions.loc[coalitions["layers"] == 0, "nll_nats_median"]
-        left.set_title(f"Loss of random coalitions (without any layer: {none.iloc[0]:.0f} nats)")
-        left.legend()
-        for name, colour, shift, label in (
-            ("shapley", BLUE, -0.2, "capped"),
-            ("shapley_uncapped", RED, 0.2, "uncapped"),
-        ):
-            scale = causal[name].abs().max()
-            right.bar(causal["layer"] + shift, causal[name] / scale, yerr=causal[f"{name}_se"] / scale, width=0.4,
-                      color=colour, error_kw={"elinewidth": 0.7}, label=label)  # fmt: skip
-        right.set_xlabel("layer")
-        right.set_ylabel("Shapley value / largest")
-        right.set_title("Shapley values (bars: standard error)")
-        right.legend()
-    plt.close(figure)
-    return figure
-
-
-COMBINED_FROM = ("fisher", "grad_norm", "activation_variance")
-CAUSAL = ("leave_one_out", "shapley")
-SCORES = (
-    "fisher", "fisher_true", "fisher_per_parameter", "grad_norm", "taylor", "weight_taylor", "block_influence",
-    "activation_variance", "activation_variance_no_sink", "activation_mean_abs", "activation_mean_abs_no_sink",
-    "activation_kurtosis", "activation_kurtosis_no_sink", *CAUSAL, "combined",
-)  # fmt: skip
+CAUSAL = ("leave_one_out", "shapley")  # what a layer is worth, by leaving it out
 
 
 def t1_importance(scores: LayerScores) -> pd.DataFrame:
-    """t1_importance: a row a layer; every score, its standard error ``<score>_se``, and ``combined``."""
+    """A row a layer: every score and, where it has rows of its own, its standard error ``<score>_se``."""
     columns = {"layer": range(len(scores.parameters)), "parameters": scores.parameters.tolist()}
-    for name in SCORES[:-1]:
+    for name, score in SCORES.items():
         columns[name] = scores.mean(name).tolist()
-        columns[f"{name}_se"] = scores.standard_error(name).tolist()
-    columns["combined"] = combined_score({name: scores.mean(name) for name in COMBINED_FROM}).tolist()
+        if not score.made_of:
+            columns[f"{name}_se"] = scores.standard_error(name).tolist()
     return pd.DataFrame(columns)
 
 
 def t1_angular(scores: LayerScores) -> pd.DataFrame:
-    """t1_angular: column ``before_<m>`` of row l is the distance between the states before layers l and m."""
+    """Column ``before_<m>`` of row l is the angular distance between the states before layers l and m."""
     return pd.DataFrame(scores.angular.numpy()).add_prefix("before_")
 
 
 def t1_top10(importance: pd.DataFrame) -> pd.DataFrame:
-    """t1_top10: the earlier report's ten best layers and scores beside the ten best of each of ours."""
-    columns = {
-        "rank": range(1, 11),
-        "reported_layer": reported.TOP10.keys(),
-        "reported": reported.TOP10.values(),
-    }
-    frame = pd.DataFrame({key: list(value) for key, value in columns.items()})
-    for name in ("combined", *(name for name in SCORES if name != "combined")):
+    """The earlier report's ten best layers and scores beside the ten best of each of ours, the combined ones first."""
+    columns = {"reported_layer": reported.TOP10.keys(), "reported": reported.TOP10.values()}
+    frame = pd.DataFrame({"rank": range(1, 11), **{name: list(values) for name, values in columns.items()}})
+    for name, score in sorted(SCORES.items(), key=lambda entry: entry[1].kind != "combined"):
         best = importance.nlargest(10, name)
         frame[f"{name}_layer"] = pd.Series(best["layer"].tolist(), dtype="Int64")
-        if name == "combined":
-            frame["combined"] = pd.Series(best["combined"].tolist())
+        if score.kind == "combined":  # its numbers can be compared with the reported ones
+            frame[name] = pd.Series(best[name].tolist())
     return frame
 
 
 def t1_agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    """t1_agreement: Kendall's tau of every pair of scores; of a score with itself, between halves of the text.
+    """Kendall's tau of every pair of scores; of a score with itself, between the two halves of its rows.
 
-    ``combined`` with itself is the tau between the combined scores of the two halves. The 95% intervals of
-    the pairs are percentile bootstraps: the sequences are drawn anew, with the scores that share them together.
-    Redrawing adds to a score's noise, so that the interval of a tau between noisy scores can lie below it.
+    The 95% intervals of the pairs are percentile bootstraps: the rows are drawn anew, for scores that share them
+    together. Redrawing adds to a score's noise, so that the interval of a tau between noisy scores can lie below it.
     """
-    halves = {name: scores.half_split_tau(name) for name in SCORES[:-1]}
-    parts = [
-        combined_score({name: scores.per_sequence[name][start::2].mean(dim=0) for name in COMBINED_FROM})
-        for start in (0, 1)
-    ]
-    halves["combined"] = _tau(*parts)
-    redrawn = _redrawn(scores, draws, seed)
+    redrawn = {name: _redrawn(scores, name, draws, seed) for name in SCORES}
     rows = []
     for a in SCORES:
         for b in SCORES:
-            row = {
-                "score_a": a,
-                "score_b": b,
-                "kendall_tau": halves[a] if a == b else _tau(importance[a], importance[b]),
-            }
-            if a != b:
-                row["kendall_tau_lo"], row["kendall_tau_hi"] = np.quantile(
-                    _taus(redrawn[a], redrawn[b]), [0.025, 0.975]
-                )
+            row = {"score_a": a, "score_b": b}
+            if a == b:
+                row["kendall_tau"] = scores.half_split_tau(a)
+            else:
+                row["kendall_tau"] = float(kendalltau(importance[a], importance[b]).statistic)
+                interval = np.quantile(_taus(redrawn[a], redrawn[b]), [0.025, 0.975])
+                row["kendall_tau_lo"], row["kendall_tau_hi"] = interval
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _redrawn(scores: LayerScores, draws: int, seed: int) -> dict[str, np.ndarray]:
-    """score -> (draws, L) means over bootstrap samples of the sequences."""
-    means = {}
-    for name in SCORES[:-1]:
-        values = scores.per_sequence[name].numpy()
-        picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-        means[name] = np.stack([values[pick].mean(axis=0) for pick in picks])
-    parts = [{name: torch.from_numpy(means[name][draw]) for name in COMBINED_FROM} for draw in range(draws)]
-    means["combined"] = np.stack([combined_score(part).numpy() for part in parts])
-    return means
+def _redrawn(scores: LayerScores, name: str, draws: int, seed: int) -> np.ndarray:
+    """(draws, L) means over bootstrap samples of a score's rows."""
+    count = scores.rows(name)
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    return np.stack([scores.mean(name, pick).numpy() for pick in picks])
 
 
 def _taus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -222,18 +82,15 @@ def _taus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (orders[0] * orders[1]).sum(axis=1) / np.sqrt(untied[0] * untied[1])
 
 
-def _tau(a: Sequence[float], b: Sequence[float]) -> float:
-    return float(kendalltau(a, b).statistic)
+def t1_cost(costs: dict[Callable, Cost]) -> pd.DataFrame:
+    """What each pass cost; ``one pass`` gives every score that is not named."""
+    return pd.DataFrame([{"scores": pass_name(measure), **vars(cost)} for measure, cost in costs.items()])
 
 
-def t1_cost(spent: dict[str, Cost]) -> pd.DataFrame:
-    """t1_cost: what each kind of score cost; ``one pass`` gives all that are not named."""
-    return pd.DataFrame([{"scores": name, **vars(cost)} for name, cost in spent.items()])
-
-
-def t1_causal(leave_one_out: np.ndarray, values: ShapleyValues) -> pd.DataFrame:
-    """t1_causal: leave-one-out and Shapley values of each layer, the latter with and without the cap of the loss."""
-    columns = {"layer": range(leave_one_out.shape[1]), "leave_one_out": leave_one_out.mean(axis=0)}
+def t1_causal(scores: LayerScores, values: ShapleyValues) -> pd.DataFrame:
+    """Leave-one-out and Shapley values of each layer, the latter with and without the cap of the loss."""
+    leave_one_out = scores.per_sequence["leave_one_out"].numpy().mean(axis=0)
+    columns = {"layer": range(len(leave_one_out)), "leave_one_out": leave_one_out}
     for index, name in enumerate(("shapley", "shapley_uncapped")):
         columns[name] = values.mean[:, index]
         columns[f"{name}_se"] = values.standard_error[:, index]
@@ -241,7 +98,7 @@ def t1_causal(leave_one_out: np.ndarray, values: ShapleyValues) -> pd.DataFrame:
 
 
 def t1_saturation(values: ShapleyValues) -> pd.DataFrame:
-    """t1_saturation: loss of the coalitions of each size that the Shapley values rest on, with and without the cap."""
+    """Loss of the coalitions of each size that the Shapley values rest on, with and without the cap."""
     frame = pd.DataFrame(values.coalitions, columns=["layers", "nll_capped_nats", "nll_nats"]).astype({"layers": int})
     rows = []
     for layers, part in frame.groupby("layers"):
@@ -251,3 +108,129 @@ def t1_saturation(values: ShapleyValues) -> pd.DataFrame:
             "nll_capped_nats_median": part["nll_capped_nats"].median(),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def f1_importance(importance: pd.DataFrame) -> Figure:
+    """Every score over the depth, as a multiple of its median over the layers: linear up to 1, logarithmic above.
+
+    Bars: standard error over calibration sequences, or over groups of them.
+
+    Args:
+        importance: t1_importance.
+    """
+    names = [name for name in SCORES if name in importance]
+    columns = 4
+    rows = -(-len(names) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(10, 1.8 * rows), sharex=True, squeeze=False)
+        for axis, name in zip(axes.flat, names, strict=False):
+            scale = importance[name].abs().median()
+            error = importance.get(f"{name}_se", 0 * importance[name]) / scale
+            axis.errorbar(importance["layer"], importance[name] / scale, error, color=BLUE, marker="o", ms=2.5, lw=0.6)
+            axis.set_title(title(name))
+            axis.set_yscale("symlog", linthresh=1)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
+        figure.supxlabel("layer", size=9)
+        figure.supylabel("score / its median over the layers", size=9)
+    plt.close(figure)
+    return figure
+
+
+def f1_agreement(agreement: pd.DataFrame) -> Figure:
+    """Do scores rank layers alike? Kendall's tau of every pair; in bold, of a score with itself between the two halves
+    of its calibration text.
+
+    Args:
+        agreement: t1_agreement, which has the intervals.
+    """
+    names = list(dict.fromkeys(agreement["score_a"]))
+    matrix = agreement.pivot(index="score_a", columns="score_b", values="kendall_tau").loc[names, names]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure, axis = plt.subplots(figsize=(7.4, 6.2))
+        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+        labels = [title(name) for name in names]
+        axis.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(names)), labels)
+        for (row, column), value in np.ndenumerate(matrix.to_numpy()):
+            colour = "white" if abs(value) > 0.6 else "black"
+            weight = "bold" if row == column else "normal"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", size=6.5, color=colour, weight=weight)
+        figure.colorbar(image, label="Kendall's tau", shrink=0.8)
+        axis.set_title("Agreement of scores (diagonal: of two halves of the text)")
+    plt.close(figure)
+    return figure
+
+
+def f1_causal(importance: pd.DataFrame, agreement: pd.DataFrame, scores: Sequence[str]) -> Figure:
+    """Do cheap scores say what a layer is worth? A dot a layer, the four that are worth most numbered; bars: standard
+    errors; tau: Kendall's, with its 95% bootstrap interval over sequences.
+
+    Args:
+        importance: t1_importance.
+        agreement: t1_agreement.
+        scores: the columns.
+    """
+    taus = agreement.set_index(["score_a", "score_b"])
+    with matplotlib.rc_context(STYLE):
+        size = (2.5 * len(scores), 2.6 * len(CAUSAL))
+        figure, axes = plt.subplots(len(CAUSAL), len(scores), figsize=size, sharex="col", sharey="row", squeeze=False)
+        for row, causal in zip(axes, CAUSAL, strict=True):
+            for axis, score in zip(row, scores, strict=True):
+                _against(axis, importance, score, causal)
+                tau = taus.loc[(score, causal)]
+                low, high = tau["kendall_tau_lo"], tau["kendall_tau_hi"]
+                axis.set_title(f"tau {tau['kendall_tau']:.2f} [{low:.2f}, {high:.2f}]", weight="normal")
+            row[0].set_ylabel(f"{title(causal)}, nats/token")
+        for axis, score in zip(axes[-1], scores, strict=True):
+            axis.set_xlabel(title(score))
+    plt.close(figure)
+    return figure
+
+
+def _against(axis: Axes, importance: pd.DataFrame, score: str, causal: str) -> None:
+    """One panel of :func:`f1_causal`; all share one kind of axes."""
+    error = {"xerr": importance[f"{score}_se"], "yerr": importance[f"{causal}_se"]}
+    style = {"ls": "", "marker": "o", "ms": 3, "color": BLUE, "elinewidth": 0.6}
+    axis.errorbar(importance[score], importance[causal], **error, **style)
+    for row in importance.nlargest(4, causal).to_dict("records"):
+        place = (row[score], row[causal])
+        axis.annotate(str(row["layer"]), place, textcoords="offset points", xytext=(4, 3), size=7)
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=0.1)
+
+
+def f1_saturation(coalitions: pd.DataFrame, causal: pd.DataFrame, cap: float) -> Figure:
+    """Why the loss is capped. Left: what random coalitions of each size lose (median; band: 10% to 90% of them).
+    Right: Shapley values with and without the cap, as a share of the largest (bars: standard error over groups of
+    permutations, each on a text window of its own).
+
+    Args:
+        coalitions: t1_saturation.
+        causal: t1_causal.
+        cap: log V, nats.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+        rows = coalitions[coalitions["layers"] > 0]
+        left.fill_between(rows["layers"], rows["nll_nats_p10"], rows["nll_nats_p90"], color=RED, alpha=0.2, lw=0)
+        left.plot(rows["layers"], rows["nll_nats_median"], color=RED, label="uncapped")
+        left.plot(rows["layers"], rows["nll_capped_nats_median"], color=BLUE, label="each token capped")
+        left.axhline(cap, color="black", ls="--", lw=1, label="uniform guess, log V")
+        left.set_xlabel("layers in the coalition")
+        left.set_ylabel("nats/token")
+        none = coalitions.loc[coalitions["layers"] == 0, "nll_nats_median"].item()
+        left.set_title(f"Loss of {coalitions['n'].sum():,} coalitions (without any layer: {none:.0f} nats)")
+        left.legend()
+        bars = (("shapley", BLUE, -0.2, "capped"), ("shapley_uncapped", RED, 0.2, "uncapped"))
+        for name, colour, shift, label in bars:
+            scale = causal[name].abs().max()
+            right.bar(causal["layer"] + shift, causal[name] / scale, yerr=causal[f"{name}_se"] / scale, width=0.4,
+                      color=colour, error_kw={"elinewidth": 0.7}, label=label)  # fmt: skip
+        right.set_xlabel("layer")
+        right.set_ylabel("Shapley value / largest")
+        right.set_title("Shapley values")
+        right.legend()
+    plt.close(figure)
+    return figure

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from conftest import build_model
 
-from paper_src import selection
+from paper_src import scoring, selection
 from paper_src.coalitions import Evaluator
 
 
@@ -42,11 +42,38 @@ class TestPublished:
     def test_taylor_plus_with_less_than_six_layers(self, k, kept):
         assert selection.shortened_llama_taylor_plus(range(10), k) == kept
 
-    def test_ppl_keeps_the_layers_that_cost_most_alone(self):
-        assert selection.shortened_llama_ppl([0.3, 0.1, 0.2, 0.9], 2) == (0, 3)
+    @pytest.mark.parametrize(
+        ("name", "needs"), [("shortgpt", "block_influence"), ("shortened_llama_ppl", "leave_one_out")]
+    )
+    def test_the_highest_of_one_score(self, name, needs):
+        strategy = selection.STRATEGIES[name]
+        assert strategy.needs == needs
+        assert strategy.function([0.3, 0.1, 0.2, 0.9], 2) == (0, 3)
 
-    def test_shortgpt_keeps_the_highest_block_influence(self):
-        assert selection.shortgpt([0.3, 0.1, 0.2, 0.9], 3) == (0, 2, 3)
+
+class TestRegistry:
+    def test_searches_ask_the_looks_that_they_are_given(self):
+        looks = [Planted(8, paired) for _ in range(3)]
+        search = selection.Search(looks, 3, {"generations": 2, "offspring": 4, "initial": 4})
+        asked = {}
+        for name, strategy in selection.of_kind("search").items():
+            for look in looks:
+                look.asked.clear()
+            search.found[name] = strategy.function(search, 4)
+            asked[name] = [bool(look.asked) for look in looks]
+        assert asked == {
+            "sleb": [False, True, False], "evopress": [True, True, False],
+            "staged": [True, False, True], "swap": [True, False, True],
+        }  # fmt: skip
+        assert search.found["sleb"] == selection.sleb(Planted(8, paired), 4)
+        assert paired(set(search.found["swap"])) <= min(paired(set(kept)) for kept in search.found.values())
+
+    def test_every_entry_says_what_it_is(self):
+        needed = {"score": "score", "rule": "depth", "search": "search"}
+        for name, strategy in selection.STRATEGIES.items():
+            assert strategy.title and strategy.source, name
+            expected = [needed[strategy.kind]] if strategy.kind in needed else [*scoring.SCORES, "angular"]
+            assert strategy.needs in expected, name
 
 
 class TestSearches:

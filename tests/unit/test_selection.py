@@ -6,10 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from paper_src.selection import distributed, drop_block, evenly_spaced, first_and_last, random_draws, top_k
+from paper_src.selection import distributed, drop_block, evenly_spaced, first_and_last, of_kind, random_draws, top_k
 
-BY_SCORE = {"top_k": top_k, "distributed": distributed}
-BY_DEPTH = {"evenly_spaced": evenly_spaced, "first_and_last": first_and_last}
+BY_SCORE = {
+    name: strategy.function for name, strategy in of_kind("score", "published").items() if strategy.needs != "angular"
+}
+BY_DEPTH = {name: strategy.function for name, strategy in of_kind("rule").items()}
 
 
 def angular_of(depth):

@@ -18,11 +18,14 @@ MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"
 def test_a_cell_takes_the_layers_of_its_strategy(refused):
     scores = pd.DataFrame({"layer": range(6), "fisher": [5.0, 1.0, 4.0, 3.0, 2.0, 6.0], "fisher_se": 0.1})
     assert sweep.chosen(scores, "top_k", "fisher", 3, 0) == (0, 2, 5)
+    assert sweep.chosen(scores, "evenly_spaced", "", 3, 0) == (0, 2, 5)
     draws = {sweep.chosen(scores, "random", "random", 3, seed) for seed in range(8)}
     assert len(draws) > 3
     assert sweep.chosen(scores, "random", "random", 3, 1) == sweep.chosen(scores, "random", "random", 3, 1)
     with refused("no score 'shap': there are .'fisher'."):
         sweep.chosen(scores, "top_k", "shap", 3, 0)
+    with refused("no score 'block_influence'"):
+        sweep.chosen(scores, "shortgpt", "", 3, 0)
     with refused("strategy 'best'"):
         sweep.chosen(scores, "best", "fisher", 3, 0)
 
