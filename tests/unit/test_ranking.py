@@ -6,7 +6,7 @@ import torch
 from conftest import build_model
 
 from paper_src.recommendation import ranking
-from paper_src.recommendation.ranking import metrics_of, ranks
+from paper_src.recommendation.ranking import metrics_of, target_ranks
 
 
 def fixed(scores):
@@ -17,14 +17,14 @@ class TestRanks:
     def test_by_hand(self):
         scores = [[0.1, 0.9, 0.5, 0.3], [0.4, 0.3, 0.2, 0.1]]
         histories = [np.array([1]), np.array([3])]
-        assert ranks(fixed(scores), histories, np.array([3, 2])).tolist() == [2, 3]
+        assert target_ranks(fixed(scores), histories, np.array([3, 2])).tolist() == [2, 3]
 
     def test_equal_scores_rank_worst(self):
-        assert ranks(fixed([[1.0, 1.0, 1.0, 0.0]]), [np.array([3])], np.array([0])).tolist() == [3]
+        assert target_ranks(fixed([[1.0, 1.0, 1.0, 0.0]]), [np.array([3])], np.array([0])).tolist() == [3]
 
     def test_items_already_had_never_rank_before_the_target(self):
         scores = [[9.0, 8.0, 7.0, 1.0]]
-        assert ranks(fixed(scores), [np.array([0, 1, 2])], np.array([3])).tolist() == [1]
+        assert target_ranks(fixed(scores), [np.array([0, 1, 2])], np.array([3])).tolist() == [1]
 
     def test_parts_are_as_the_whole_and_in_the_order_given(self):
         generator = np.random.default_rng(0)
@@ -35,17 +35,17 @@ class TestRanks:
         def scorer(part):
             return table[[int(items[0]) for items in part]]
 
-        alone = [ranks(scorer, [items], targets[[user]])[0] for user, items in enumerate(histories)]
+        alone = [target_ranks(scorer, [items], targets[[user]])[0] for user, items in enumerate(histories)]
         for size in (7, 100):
-            assert ranks(scorer, histories, targets, size).tolist() == alone
+            assert target_ranks(scorer, histories, targets, size).tolist() == alone
 
     def test_bad_input(self, refused):
         with refused("user 1 has an empty history"):
-            ranks(fixed([[1.0, 2.0]] * 2), [np.array([0]), np.array([], dtype=int)], np.array([1, 1]))
+            target_ranks(fixed([[1.0, 2.0]] * 2), [np.array([0]), np.array([], dtype=int)], np.array([1, 1]))
         with refused("scores of user 1 are NaN"):
-            ranks(fixed([[1.0, 2.0], [1.0, float("nan")]]), [np.array([0])] * 2, np.array([1, 1]))
+            target_ranks(fixed([[1.0, 2.0], [1.0, float("nan")]]), [np.array([0])] * 2, np.array([1, 1]))
         with refused("user 0 has had the target before"):
-            ranks(fixed([[1.0, 2.0]]), [np.array([1])], np.array([1]))
+            target_ranks(fixed([[1.0, 2.0]]), [np.array([1])], np.array([1]))
 
 
 class TestMetrics:
@@ -68,7 +68,9 @@ class TestMetrics:
         model.fit(matrix, show_progress=False)
         test = ranking._matrix([np.array([target]) for target in targets], 40)
         expected = ranking_metrics_at_k(model, matrix, test, K=10, show_progress=False, num_threads=1)["ndcg"]
-        ours = metrics_of(ranks(ranking.item_knn(histories, 40, neighbours=40), histories, targets))["ndcg10"].mean()
+        ours = metrics_of(target_ranks(ranking.item_knn(histories, 40, neighbours=40), histories, targets))[
+            "ndcg10"
+        ].mean()
         assert ours == pytest.approx(expected, rel=1e-6)
 
 
@@ -111,8 +113,8 @@ class TestWithoutTraining:
 
 def test_samples_are_different_users_and_repeat_with_their_seed():
     split = ranking.Split([np.array([0])] * 50, np.zeros(50), np.zeros(50))
-    first, second, other = (ranking.sample(split, 20, seed) for seed in (0, 0, 1))
+    first, second, other = (ranking.sampled_users(split, 20, seed) for seed in (0, 0, 1))
     assert len(set(first)) == 20
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
-    assert len(ranking.sample(split, 99, 0)) == 50
+    assert len(ranking.sampled_users(split, 99, 0)) == 50

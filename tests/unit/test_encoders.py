@@ -7,8 +7,8 @@ from conftest import build_model
 
 from paper_src.compaction import compact
 from paper_src.recommendation import encoders
-from paper_src.recommendation.encoders import Settings
-from paper_src.recommendation.ranking import metrics_of, ranks
+from paper_src.recommendation.encoders import Training
+from paper_src.recommendation.ranking import metrics_of, target_ranks
 
 ITEMS = 12
 
@@ -19,27 +19,38 @@ def chains(users=60, length=8, seed=0):
     return [(start + np.arange(length)) % ITEMS for start in starts]
 
 
+def dies_in_its_second_epoch(measure):
+    def dying(trainer):
+        if trainer.state.epoch == 2:
+            raise KeyboardInterrupt
+        return measure(trainer)
+
+    return dying
+
+
 class TestTrained:
-    def fit(self, folder, body=None, seed=0, progress=None, **settings):
+    def fit(self, folder, body=None, seed=0, **settings):
         train = chains()
         validation = ([items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)]))
         torch.manual_seed(seed)
         body = body or encoders.sasrec_body(16, 1, 2, 8, dropout=0.0)
-        chosen = Settings(
+        chosen = Training(
             **({"length": 8, "learning_rate": 1e-2, "body_rate": 1e-2, "epochs": 12, "patience": 12} | settings),
             seed=seed,
         )
         vectors = encoders.random_vectors(ITEMS, 16)
-        return encoders.train(body, vectors, train, validation, folder, chosen, progress)
+        return encoders.train(body, vectors, train, validation, folder, chosen)
 
     def score(self, model):
         histories = [items[:5] for items in chains(seed=2)]
-        return metrics_of(ranks(encoders.trained(model, 8), histories, np.array([i[5] for i in chains(seed=2)])))
+        return metrics_of(
+            target_ranks(encoders.as_scorer(model, 8), histories, np.array([i[5] for i in chains(seed=2)]))
+        )
 
     def test_a_planted_order_is_learned(self, tmp_path):
         model, history = self.fit(tmp_path)
         assert self.score(model)["hr5"].mean() > 0.95
-        assert (metrics_of(ranks(encoders.trained(model, 8), [i[:5] for i in chains(seed=2)],
+        assert (metrics_of(target_ranks(encoders.as_scorer(model, 8), [i[:5] for i in chains(seed=2)],
                                  np.array([i[5] for i in chains(seed=2)])))["mrr"] == 1).mean() > 0.9  # fmt: skip
         assert history[-1]["ndcg10"] > history[0]["ndcg10"]
 
@@ -52,7 +63,7 @@ class TestTrained:
         config = build_model("llama").config
         model, history = self.fit(tmp_path, body=encoders.NoLayers(config), residual=0.0)
         assert history[-1]["ndcg10"] > 0.9  # the planted order asks for no more
-        score = encoders.trained(model, 8)
+        score = encoders.as_scorer(model, 8)
         assert torch.equal(score([np.array([3, 4, 5])]), score([np.array([0, 5])]))
 
     def test_the_same_seed_gives_the_same_weights(self, tmp_path):
@@ -71,17 +82,14 @@ class TestTrained:
     def test_the_best_epoch_is_kept(self, tmp_path):
         model, history = self.fit(tmp_path, epochs=4)
         validation = [items[:4] for items in chains(seed=1)], np.array([items[4] for items in chains(seed=1)])
-        found = metrics_of(ranks(encoders.trained(model, 8), *validation))["ndcg10"].mean()
+        found = metrics_of(target_ranks(encoders.as_scorer(model, 8), *validation))["ndcg10"].mean()
         assert found == pytest.approx(max(row["ndcg10"] for row in history), rel=1e-6)
 
-    def test_a_killed_run_resumes_to_the_same_weights(self, tmp_path):
-        def die(line):
-            if "epoch 2" in line:
-                raise KeyboardInterrupt
-
+    def test_a_killed_run_resumes_to_the_same_weights(self, tmp_path, monkeypatch):
         whole, history = self.fit(tmp_path / "whole", epochs=4)
-        with pytest.raises(KeyboardInterrupt):
-            self.fit(tmp_path / "killed", epochs=4, progress=die)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(encoders._Trainer, "measure", dies_in_its_second_epoch(encoders._Trainer.measure))
+            self.fit(tmp_path / "killed", epochs=4)
         resumed, again = self.fit(tmp_path / "killed", epochs=4)
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
         assert [row["ndcg10"] for row in again] == [row["ndcg10"] for row in history]
@@ -108,7 +116,7 @@ class TestTrained:
         histories = [np.array([3, 5]), np.array([1, 2, 4])]
         users = torch.stack([vectors[3] * 0.5 + vectors[5], vectors[1] * 0.25 + vectors[2] * 0.5 + vectors[4]])
         expected = torch.nn.functional.normalize(users, dim=-1) @ vectors.T / 0.02  # |x| = sqrt(16), over sqrt(16)
-        torch.testing.assert_close(encoders.trained(model, 8)(histories), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoders.as_scorer(model, 8)(histories), expected, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("residual", [0.0, 0.8])
     def test_padding_changes_nothing(self, residual):
@@ -117,8 +125,8 @@ class TestTrained:
         model = encoders.SequenceModel(body, vectors, residual).eval()
         torch.nn.init.normal_(model.head.weight)
         short, long = np.array([1, 2]), np.array([3, 4, 5, 6, 7])
-        together = encoders.trained(model, 8)([short, long])
-        alone = torch.cat([encoders.trained(model, 8)([items]) for items in (short, long)])
+        together = encoders.as_scorer(model, 8)([short, long])
+        alone = torch.cat([encoders.as_scorer(model, 8)([items]) for items in (short, long)])
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
     def test_item_vectors_are_white_and_keep_neighbours(self):
@@ -130,7 +138,7 @@ class TestTrained:
     def test_bad_input(self, tmp_path, refused):
         with refused("no training sequence has two items"):
             encoders.train(encoders.sasrec_body(16, 1, 2, 8), encoders.random_vectors(4, 16), [np.array([1])],
-                            ([np.array([1])], np.array([2])), tmp_path, Settings())  # fmt: skip
+                            ([np.array([1])], np.array([2])), tmp_path, Training())  # fmt: skip
         with refused("ask for at most 3"):
             encoders.item_vectors(torch.zeros(5, 3), 4)
         with refused("the loss is (nan|inf) at step"):

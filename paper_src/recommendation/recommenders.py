@@ -1,0 +1,149 @@
+"""The recommenders that are compared, and what all of one data set share.
+
+A new recommender is a function with an entry of ``RECOMMENDERS``.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from paper_src.models import count_parameters
+from paper_src.recommendation import encoders, ranking
+from paper_src.recommendation.encoders import Training
+from paper_src.recommendation.interactions import Interactions, leave_last_out
+
+WATCHED = 1000  # validation users; of a quarter as many, the best epoch was often not the best
+Users = Sequence[np.ndarray]  # training items of each
+
+
+@dataclass
+class Trial:
+    """Users, items and budgets that all recommenders of one data set share.
+
+    Args:
+        data: sequences.
+        learners: number of random users whose sequences language models are trained on; items are never sampled.
+        judged: number of random users that test; validation looks at as many others, at most ``WATCHED``.
+        training: of language models; its seed is that of the samples as well.
+        scratch: the training of networks that start from nothing, on all users.
+        width: numbers of an item vector that starts from texts.
+    """
+
+    data: Interactions
+    learners: int
+    judged: int
+    training: Training
+    scratch: Training
+    width: int
+
+    def __post_init__(self) -> None:
+        split, seed = leave_last_out(self.data.sequences), self.training.seed
+        self.items = len(self.data.texts)
+        tested = ranking.sampled_users(split, self.judged, seed)
+        learners = ranking.sampled_users(split, self.learners, seed + 1)
+        watched = ranking.sampled_users(split, min(self.judged, WATCHED), seed + 2)
+        self.users: dict[str, Users] = {"none": [], "sample": [split.train[user] for user in learners],
+                                        "all": split.train}  # fmt: skip
+        self.validation = [split.train[user] for user in watched], split.valid[watched]
+        histories = split.history("test")
+        self.test = [histories[user] for user in tested], split.test[tested]
+
+
+class ItemTexts(NamedTuple):
+    """A language model, its states (I, d) of the items' texts, and the seconds that these took."""
+
+    model: PreTrainedModel
+    states: Tensor
+    seconds: float
+
+
+Fitted = tuple[ranking.Scorer, dict[str, float]]  # scores, and columns of the row
+
+
+def fit_most_popular(trial: Trial, users: Users, *ignored) -> Fitted:
+    return ranking.most_popular(users, trial.items), {}
+
+
+def fit_item_knn(trial: Trial, users: Users, *ignored) -> Fitted:
+    return ranking.item_knn(users, trial.items), {}
+
+
+def fit_frozen(trial: Trial, users: Users, texts: ItemTexts, folder: Path) -> Fitted:
+    return ranking.frozen(texts.states), {"seconds": texts.seconds, "parameters": count_parameters(texts.model)}
+
+
+def fit_sasrec(trial: Trial, users: Users, texts: None, folder: Path) -> Fitted:
+    """SASRec. On a part of the users it has as many steps as on all, each of no more sequences than language models."""
+    training, everyone = trial.scratch, len(trial.users["all"])
+    if len(users) < everyone:
+        batch = min(trial.training.batch_size, training.batch_size)
+        times = max(1.0, everyone / len(users) * batch / training.batch_size)
+        epochs, patience = round(training.epochs * times), round(training.patience * times)
+        training = replace(training, batch_size=batch, epochs=epochs, patience=patience)
+    torch.manual_seed(training.seed)
+    body = encoders.sasrec_body(length=training.length)
+    return _fit(trial, users, body, encoders.random_vectors(trial.items, body.config.n_embd, training.seed), training,
+                folder)  # fmt: skip
+
+
+def fit_layers(trial: Trial, users: Users, texts: ItemTexts, folder: Path) -> Fitted:
+    """The language model's layers as encoder; item vectors start from its own states of the texts."""
+    body = copy.deepcopy(texts.model.base_model).float()
+    return _fit(trial, users, body, encoders.item_vectors(texts.states, trial.width), trial.training, folder)
+
+
+def fit_no_layers(trial: Trial, users: Users, texts: ItemTexts, folder: Path) -> Fitted:
+    """The same item vectors and training without any layer."""
+    body = encoders.NoLayers(texts.model.config)
+    return _fit(trial, users, body, encoders.item_vectors(texts.states, trial.width), trial.training, folder)
+
+
+def _fit(
+    trial: Trial, users: Users, body: nn.Module, vectors: Tensor, training: Training, folder: Path
+) -> Fitted:  # fmt: skip
+    model, history = encoders.train(body, vectors, users, trial.validation, folder, training)
+    best = max(history, key=lambda row: row["ndcg10"])
+    columns = {"seconds": history[-1]["seconds"], "epochs": best["epoch"], "valid_ndcg10": best["ndcg10"]}
+    return encoders.as_scorer(model, training.length), columns | {"parameters": count_parameters(model)}
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """An entry of ``RECOMMENDERS``.
+
+    Attributes:
+        title: in figures.
+        kind: ``reference``, ``language model``, or ``control`` of trained language models.
+        source: paper or library.
+        fit: gives scores, and columns of its row.
+        texts: whether a language model reads the items' texts.
+        trained: whether a network is trained on sequences; it is timed.
+        layers: whether the layers of that network read the history.
+    """
+
+    title: str
+    kind: str
+    source: str
+    fit: Callable[[Trial, Users, ItemTexts | None, Path], Fitted]
+    texts: bool = False
+    trained: bool = False
+    layers: bool = False
+
+
+RECOMMENDERS = {
+    "most_popular": Recommender("most popular", "reference", "counts", fit_most_popular),
+    "item_knn": Recommender("item-kNN", "reference", "implicit's CosineRecommender", fit_item_knn),
+    "sasrec": Recommender("SASRec", "reference", "arXiv:1808.09781", fit_sasrec, trained=True, layers=True),
+    "frozen": Recommender("frozen", "language model", "ours", fit_frozen, texts=True),
+    "trained": Recommender(
+        "trained", "language model", "arXiv:2405.17890", fit_layers, texts=True, trained=True, layers=True
+    ),
+    "no_layers": Recommender("no layers", "control", "ours", fit_no_layers, texts=True, trained=True),
+}
