@@ -29,11 +29,19 @@ def files_of(notebook: Path, root: Path = Path()) -> Files:
     for call in _unconditional_calls(tree):
         if isinstance(call.func, ast.Attribute) and call.func.attr in made and len(call.args) == 2:
             made[call.func.attr] += [arg.value for arg in call.args[1:] if isinstance(arg, ast.Constant)]
-    names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = set(strings_in(_source(notebook)))
     section = root / "paper_src" / "sections" / f"{notebook.stem[3:]}.py"
     names |= _read_in(section) if section.is_file() else set()
     foreign = re.compile(rf"t(?!{int(notebook.stem[:2])}_)\d+_\w+")
     return Files(made["table"], made["figure"], sorted(name for name in names if foreign.fullmatch(name)))
+
+
+def strings_in(source: str) -> list[str]:
+    """All string constants of a piece of Python, in the order in which they are written."""
+    nodes = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return [node.value for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset))]
 
 
 def _unconditional_calls(tree: ast.AST) -> Iterator[ast.Call]:
