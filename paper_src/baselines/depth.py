@@ -1,16 +1,27 @@
-"""Less depth, otherwise: layers merged (LaCo)."""
+"""Less depth, otherwise: layers merged (LaCo), and the repaired model of section 5."""
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from paper_src import InputError
 from paper_src.compaction import compact
 from paper_src.models import decoder_layers, last_hidden, locate_layers
 
-# Less depth, otherwise.
+
+def repaired(full: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The repaired model of a checkpoint, in the dtype and on the device of ``full``.
+
+    Raises:
+        InputError: the checkpoint is not there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: run ./reproduce.sh --only 05_recovery --force")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=full.dtype).to(full.device).eval()
 
 
 @torch.no_grad()
@@ -39,10 +50,8 @@ def laco(
     small = model
     for threshold in thresholds:
         low = len(decoder_layers(small)) - most
-        while low >= 0 and len(decoder_layers(small)) > k:
-            merged = _merged(
-                small, low, min(most, len(decoder_layers(small)) - low, 1 + len(decoder_layers(small)) - k)
-            )
+        while low >= 0 and (count := len(decoder_layers(small))) > k:
+            merged = _merged(small, low, min(most, count - low, 1 + count - k))
             near = nn.functional.cosine_similarity(last_hidden(merged, blocks).float(), reference, dim=-1).mean()
             small, step = (merged, interval) if near > threshold else (small, 1)
             low = min(low - step, len(decoder_layers(small)) - most)

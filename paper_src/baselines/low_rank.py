@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paper_src import InputError
-from paper_src.baselines.moments import Moments, linears
+from paper_src.baselines.moments import InputMoments, linears
 from paper_src.models import count_parameters
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # of each map, (out, m) and (m, in)
 
 
 @torch.no_grad()
-def factors(model: PreTrainedModel, moments: Moments | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(model: PreTrainedModel, moments: InputMoments | None = None) -> Factors:
     """name -> (out, m), (m, in) float32 with W = U V, whose first r columns and rows are the best map of rank r.
 
     Best for |W - U V|^2, or with ``moments`` of :func:`input_moments` for E |W x - U V x|^2, which is the SVD of W S
@@ -45,7 +47,7 @@ def _descending(square: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def low_rank(model: PreTrainedModel, parts: dict[str, tuple[Tensor, Tensor]], parameters: int) -> PreTrainedModel:
+def low_rank(model: PreTrainedModel, parts: Factors, parameters: int) -> PreTrainedModel:
     """The model whose linear maps are products of two thin ones, all of one share of their size. Not standard.
 
     Args:

@@ -1,102 +1,109 @@
-"""All methods of section 7, and what they share."""
+"""The methods of section 7, each a function and an entry in ``METHODS``, and the setting that all share."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from paper_src import distillation, fidelity, recovery, timing
-from paper_src.baselines import depth, low_rank, moments, quantization, sparsity, width, zero_shot
+from paper_src import distillation, fidelity, recovery
+from paper_src.baselines import depth, low_rank, moments, quantization, sparsity, width
 from paper_src.compaction import compact
 from paper_src.models import count_parameters
-from paper_src.sections.recovery import Judge, saved
-
-Model = PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One method: how its model is made, and how it is trained in the second block of rows.
+class Repaired:
+    """A checkpoint of section 5: its folder, the tokens it has cost, and what its training started from."""
 
-    Attributes:
-        method: its name.
-        family: quantization, sparsity, width, low_rank, depth or combination.
-        k: the number of layers whose parameter count it was given; 0 where size is not free.
-        make: gives the model.
-        training: ``none`` where its weights cannot be trained, ``plain``, ``masked`` where zeros stay zeros, or
-            ``refit``: cut layers, first repaired in closed form.
-        kept: layers of a ``refit``.
-        uses: parts of the bench that are made once for several methods; their seconds count for each.
-        source: folder of the checkpoint that it starts from, if any.
-    """
-
-    method: str
-    family: str
-    k: int
-    make: Callable[[], Model]
-    training: str = "none"
-    kept: Sequence[int] = ()
-    uses: Sequence[str] = ()
-    source: Path | None = None
+    folder: Path
+    tokens: int
+    start: str = "closed_form"
 
 
 @dataclass
-class Bench:
+class Setting:
     """What all methods share.
 
-    Args:
-        full: the full model.
-        tokenizer: its tokenizer.
-        blocks: (N, T) calibration text of every method, and of the recovery in the second block of rows.
-        judge: on test text.
-        validation: for the recovery's early stop.
-        items: of zero-shot tasks.
-        workloads: what is timed; the first is the prefill.
-        rounds: timed rounds.
-        folder: of recovery's checkpoints and of finished rows, from which a killed run goes on.
-        settings: of the recovery.
-        zero_shot_k: sizes whose zero-shot accuracy is taken; 0 are methods without a size.
+    Attributes:
+        full: the full model; no method changes it.
+        blocks: (N, T) calibration text of every method, and of the training that all get.
+        kept: k -> the layers that section 5 repaired.
+        block_cut: k -> the layers that are left when the block of least angular distance goes (ReplaceMe's choice).
+        repaired: k -> section 5's checkpoint of ``kept``.
+        validation: decides on the training's best state.
+        folder: of the training's checkpoints and of finished rows.
+        training: how every method is trained.
     """
 
-    full: Model
-    tokenizer: PreTrainedTokenizerBase
+    full: PreTrainedModel
     blocks: Tensor
-    judge: Judge
+    kept: Mapping[int, Sequence[int]]
+    block_cut: Mapping[int, Sequence[int]]
+    repaired: Mapping[int, Repaired]
     validation: fidelity.Reference
-    items: Sequence[zero_shot.Items]
-    workloads: Sequence[timing.Workload]
-    rounds: int
     folder: Path
-    settings: distillation.Distillation
-    zero_shot_k: Sequence[int] = ()
-    spent: dict[str, float] = field(default_factory=dict)
+    training: distillation.Distillation
+
+    def __post_init__(self) -> None:
+        self.spent: dict[str, float] = {}  # seconds of what several methods share
+        self._latest: tuple[object, PreTrainedModel, float] = (None, self.full, 0.0)
+
+    @property
+    def bits(self) -> int:
+        """Of a weight of the full model."""
+        return 8 * self.full.dtype.itemsize
+
+    def size(self, k: int) -> int:
+        """Parameters of the compact model of k layers: no method of this size gets more."""
+        return count_parameters(compact(self.full, self.kept[k]))
+
+    @property
+    def few_blocks(self) -> Tensor:
+        """A few sentences of the calibration text, as LaCo takes them."""
+        return self.blocks[:4]
 
     @cached_property
-    def moments(self) -> moments.Moments:
+    def moments(self) -> moments.InputMoments:
         """Of the inputs of all linear maps, on ``blocks``."""
         return self._timed("moments", lambda: moments.input_moments(self.full, self.blocks))
 
     @cached_property
-    def plain_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def plain_factors(self) -> low_rank.Factors:
         """Of the weights."""
         return self._timed("plain_factors", lambda: low_rank.factors(self.full))
 
     @cached_property
-    def aware_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def aware_factors(self) -> low_rank.Factors:
         """Of the weights, for the inputs of ``blocks``."""
-        moments = self.moments
-        return self._timed("aware_factors", lambda: low_rank.factors(self.full, moments))
+        found = self.moments
+        return self._timed("aware_factors", lambda: low_rank.factors(self.full, found))
 
-    def prepare(self, uses: Sequence[str]) -> float:
-        """Seconds that it took to make the parts ``uses``; makes them if they are not there."""
-        for name in uses:
-            getattr(self, name)
-        return sum(self.spent[name] for name in uses)
+    def make(self, name: str, k: int) -> tuple[PreTrainedModel, float]:
+        """The model of ``METHODS[name]`` at k layers' size, and its seconds with those of what it shares.
+
+        The latest one is remembered: a method's row before and after training start from the same model.
+        """
+        if self._latest[0] != (name, k):
+            method = METHODS[name]
+            for need in method.needs:
+                getattr(self, need)
+            shared, start = sum(self.spent.get(need, 0.0) for need in method.needs), time.perf_counter()
+            model = method.function(self, k)
+            self._latest = (name, k), model, shared + time.perf_counter() - start
+        return self._latest[1:]
+
+    def tokens(self, name: str, k: int) -> int:
+        """Tokens of calibration and training that the model of :meth:`make` has seen."""
+        whole = self.blocks.numel()
+        seen = {"blocks": whole, "moments": whole, "few_blocks": self.few_blocks.numel()}
+        if k in self.repaired:
+            seen["repaired"] = self.repaired[k].tokens
+        return max((seen.get(need, 0) for need in METHODS[name].needs), default=0)
 
     def _timed(self, name: str, make: Callable):
         start = time.perf_counter()
@@ -105,63 +112,94 @@ class Bench:
         return made
 
 
-def entries(
-    bench: Bench, kept: dict[int, Sequence[int]], blocks_cut: dict[int, Sequence[int]], recovered: Path
-) -> list[Entry]:
-    """All methods at the sizes of ``kept``.
+@dataclass(frozen=True)
+class Method:
+    """One method.
 
-    Args:
-        bench: shared.
-        kept: k -> the layers that notebook 5 repaired.
-        blocks_cut: k -> the layers that are left when the block of least angular distance goes (ReplaceMe's choice).
-        recovered: folder of the checkpoints of notebook 5, ``recovered_<k>``.
+    Attributes:
+        title: as it stands in tables and figures.
+        family: full, quantization, sparsity, width, low rank, depth or combination.
+        source: paper or library.
+        function: (setting, k) -> model; k is 0 where its size is not free.
+        sized: whether it is given the parameter count of the compact model of k layers.
+        bits: of a weight in the layers; None are those of the full model.
+        training: ``none`` where its weights cannot be trained, ``plain``, ``masked`` where zeros stay zeros, or
+            ``refit``: cut layers, first repaired in closed form.
+        needs: parts of the setting that it uses; the seconds of those made once count for each method.
+        repair: what its model has had when it is made: none, closed_form or distilled.
     """
-    full = bench.full
-    other = torch.float32 if full.dtype == torch.bfloat16 else torch.bfloat16
-    sizes = {k: count_parameters(compact(full, layers)) for k, layers in kept.items()}
-    found = [
-        Entry(str(other).removeprefix("torch."), "quantization", 0, lambda: quantization.cast(full, other)),
-        Entry("int8, torch.ao dynamic", "quantization", 0, lambda: quantization.dynamic_quantized(full)),
-    ]
-    for kind, name in TORCHAO.items():
-        found.append(Entry(name, "quantization", 0, partial(quantization.torchao_quantized, full, kind)))
-    for share in (0.5, 0.75):
-        make = partial(sparsity.magnitude_pruned, full, share)
-        found.append(Entry(f"magnitude {share:.0%}", "sparsity", 0, make, "masked"))
-    for name, shape in {"Wanda 50%": (0.5, 0), "Wanda 75%": (0.75, 0), "Wanda 2:4": (0.5, 4)}.items():
-        found.append(Entry(name, "sparsity", 0, lambda shape=shape: sparsity.wanda(full, bench.moments, *shape),
-                           "masked", uses=["moments"]))  # fmt: skip
-    for k, size in sizes.items():
-        found += _at_one_size(bench, k, size, kept[k], blocks_cut[k], recovered / f"recovered_{k}")
-    return found
+
+    title: str
+    family: str
+    source: str
+    function: Callable[[Setting, int], PreTrainedModel]
+    sized: bool = False
+    bits: int | None = None
+    training: str = "none"
+    needs: tuple[str, ...] = ()
+    repair: str = "none"
 
 
-TORCHAO = {
-    "int8_dynamic": "int8, torchao dynamic",
-    "int8_weight": "int8 weights, torchao",
-    "int4_weight": "int4 weights, torchao",
-    "int4_unpacked": "int4 weights, kept in 8 bits",
-}
+def _torchao(title: str, kind: str, bits: int) -> Method:
+    return Method(title, "quantization", TORCHAO,
+                  lambda on, k: quantization.torchao_quantized(on.full, kind), bits=bits)  # fmt: skip
 
 
-def _at_one_size(
-    bench: Bench, k: int, size: int, kept: Sequence[int], block_cut: Sequence[int], recovered: Path
-) -> list[Entry]:
-    full, blocks = bench.full, bench.blocks
-    return [
-        Entry("width", "width", k, lambda: width.width_pruned(full, bench.moments, size), "plain",
-              uses=["moments"]),
-        Entry("SVD", "low rank", k, lambda: low_rank.low_rank(full, bench.plain_factors, size), "plain",
-              uses=["plain_factors"]),
-        Entry("SVD, activation-aware", "low rank", k,
-              lambda: low_rank.low_rank(full, bench.aware_factors, size), "plain", uses=["moments", "aware_factors"]),
-        Entry("early exit", "depth", k, lambda: compact(full, range(k)), "plain"),
-        Entry("LaCo", "depth", k, lambda: depth.laco(full, k, blocks[:4]), "plain"),
-        Entry("ReplaceMe", "depth", k, lambda: recovery.closed_form(full, block_cut, blocks, "mlp_map").model, "plain"),
-        Entry("layers cut", "depth", k, lambda: compact(full, kept), "refit", kept),
-        Entry("layers cut, section 5", "depth", k, lambda: saved(full, recovered), source=recovered),
-        Entry("cut + int8", "combination", k,
-              lambda: quantization.torchao_quantized(compact(full, kept), "int8_weight")),
-        Entry("cut, section 5, + int8", "combination", k,
-              lambda: quantization.torchao_quantized(saved(full, recovered), "int8_weight"), source=recovered),
-    ]  # fmt: skip
+def _magnitude(share: float) -> Method:
+    return Method(f"magnitude {share:.0%}", "sparsity", "torch.nn.utils.prune",
+                  lambda on, k: sparsity.magnitude_pruned(on.full, share), training="masked")  # fmt: skip
+
+
+def _wanda(title: str, share: float, group: int = 0) -> Method:
+    return Method(title, "sparsity", "Wanda (arXiv:2306.11695)",
+                  lambda on, k: sparsity.wanda(on.full, on.moments, share, group),
+                  training="masked", needs=("moments",))  # fmt: skip
+
+
+def _at_size(title: str, family: str, source: str, function: Callable, training: str = "plain", **others) -> Method:
+    return Method(title, family, source, function, sized=True, training=training, **others)
+
+
+TORCHAO = "TorchAO (arXiv:2507.16099)"
+METHODS: dict[str, Method] = {
+    "full": Method("full model", "full", "", lambda on, k: on.full),
+    "float32": Method("float32", "quantization", "PyTorch", lambda on, k: quantization.cast(on.full, torch.float32),
+                      bits=32),
+    "bfloat16": Method("bfloat16", "quantization", "PyTorch", lambda on, k: quantization.cast(on.full, torch.bfloat16),
+                       bits=16),
+    "int8_torch_ao": Method("int8, torch.ao dynamic", "quantization", "torch.ao",
+                            lambda on, k: quantization.dynamic_quantized(on.full), bits=8),
+    "int8_dynamic": _torchao("int8, torchao dynamic", "int8_dynamic", 8),
+    "int8_weight": _torchao("int8 weights, torchao", "int8_weight", 8),
+    "int4_weight": _torchao("int4 weights, torchao", "int4_weight", 4),
+    "int4_unpacked": _torchao("int4 weights, kept in 8 bits", "int4_unpacked", 4),
+    "magnitude_50": _magnitude(0.5),
+    "magnitude_75": _magnitude(0.75),
+    "wanda_50": _wanda("Wanda 50%", 0.5),
+    "wanda_75": _wanda("Wanda 75%", 0.75),
+    "wanda_2_4": _wanda("Wanda 2:4", 0.5, group=4),
+    "width": _at_size("width", "width", "Minitron's axes (arXiv:2407.14679), Wanda's norms",
+                      lambda on, k: width.width_pruned(on.full, on.moments, on.size(k)), needs=("moments",)),
+    "svd": _at_size("SVD", "low rank", "Eckart and Young, 1936",
+                    lambda on, k: low_rank.low_rank(on.full, on.plain_factors, on.size(k)), needs=("plain_factors",)),
+    "svd_aware": _at_size("SVD, activation-aware", "low rank", "SVD-LLM (arXiv:2403.07378)",
+                          lambda on, k: low_rank.low_rank(on.full, on.aware_factors, on.size(k)),
+                          needs=("moments", "aware_factors")),
+    "early_exit": _at_size("early exit", "depth", "the first k layers", lambda on, k: compact(on.full, range(k))),
+    "laco": _at_size("LaCo", "depth", "LaCo (arXiv:2402.11187)",
+                     lambda on, k: depth.laco(on.full, k, on.few_blocks), needs=("few_blocks",)),
+    "replace_me": _at_size("ReplaceMe", "depth", "ReplaceMe (arXiv:2505.02819)",
+                           lambda on, k: recovery.closed_form(on.full, on.block_cut[k], on.blocks, "mlp_map").model,
+                           needs=("blocks",), repair="closed_form"),
+    "cut": _at_size("layers cut", "depth", "section 5's layers", lambda on, k: compact(on.full, on.kept[k]), "refit"),
+    "cut_repaired": _at_size("layers cut, section 5", "depth", "section 5",
+                             lambda on, k: depth.repaired(on.full, on.repaired[k].folder), "none",
+                             needs=("repaired",), repair="distilled"),
+    "cut_int8": _at_size("cut + int8", "combination", f"section 5's layers, {TORCHAO}",
+                         lambda on, k: quantization.torchao_quantized(compact(on.full, on.kept[k]), "int8_weight"),
+                         "none", bits=8),
+    "cut_repaired_int8": _at_size("cut, section 5, + int8", "combination", f"section 5, {TORCHAO}",
+                                  lambda on, k: quantization.torchao_quantized(
+                                      depth.repaired(on.full, on.repaired[k].folder), "int8_weight"),
+                                  "none", bits=8, needs=("repaired",), repair="distilled"),
+}  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from paper_src import NotSupported
 from paper_src.models import last_hidden, locate_layers
 
-Moments = dict[str, Tensor]
+InputMoments = dict[str, Tensor]  # of each map's input x, E x x^T
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -23,12 +23,12 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
 
 @torch.no_grad()
-def input_moments(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> Moments:
+def input_moments(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> InputMoments:
     """name -> (in, in) float32 mean of x x^T over the tokens of ``blocks`` (N, T), for every map of :func:`linears`.
 
     Maps that read the same states (query, key and value; gate and up) share one tensor.
     """
-    moments: Moments = {}
+    moments: InputMoments = {}
     latest: list[tuple[Tensor, Tensor]] = []  # the input seen last, and its sum of x x^T
 
     def add(name: str, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Fewer bits a weight: torchao and torch.ao."""
+"""Fewer bits per weight of the layers' linear maps, by torchao and torch.ao; embedding and head stay as they are."""
 
 import copy
 import warnings
@@ -9,8 +9,6 @@ from transformers import PreTrainedModel
 from paper_src import NotSupported
 from paper_src.baselines.moments import linears
 from paper_src.models import first_line
-
-# Quantization. Weights of the layers' linear maps; embedding and head stay as they are.
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,16 +5,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.baselines import sparsity
-from paper_src.baselines.methods import Model
 from paper_src.layers import LayerRunner
 from paper_src.models import decoder_layers
 
 
 @torch.no_grad()
-def require_alive(model: Model, blocks: Tensor) -> None:
+def require_alive(model: PreTrainedModel, blocks: Tensor) -> None:
     """Raise InputError where a layer of ``model`` is missing or hands on exactly what it was given."""
     depth = model.config.get_text_config().num_hidden_layers
     if (found := len(decoder_layers(model))) != depth:
@@ -29,19 +29,20 @@ def require_alive(model: Model, blocks: Tensor) -> None:
     LayerRunner(model).drive(blocks.to(model.device), check)
 
 
-def _zeros(model: Model) -> float:
+def zeros_of(model: PreTrainedModel) -> float:
+    """Share of exact zeros in the layers' linear maps; NaN where quantized maps hold no plain weights."""
     try:
         return sparsity.zeros(model)
-    except (InputError, NotImplementedError, RuntimeError):  # quantized maps hold no plain weights
+    except (InputError, NotImplementedError, RuntimeError):
         return float("nan")
 
 
-def count_of(model: Model) -> int:
+def count_of(model: PreTrainedModel) -> int:
     """Number of weights, quantized ones included; tied ones are counted once."""
     return sum(count for count, _ in _parts(model))
 
 
-def bytes_of(model: Model) -> dict[str, int]:
+def bytes_of(model: PreTrainedModel) -> dict[str, int]:
     """``memory_bytes`` of all weights with their scales, and ``disk_bytes`` of a file with them.
 
     The file is what ``torch.save`` writes of the state, where tied weights stand once: every method can be saved so.
@@ -51,7 +52,7 @@ def bytes_of(model: Model) -> dict[str, int]:
     return {"memory_bytes": sum(size for _, size in _parts(model)), "disk_bytes": file.getbuffer().nbytes}
 
 
-def _parts(model: Model) -> list[tuple[int, int]]:
+def _parts(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(weights, bytes) of each tensor of the state, each storage once."""
     seen: set[int] = set()
     found = []

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
 
-from paper_src.baselines.moments import Moments, linears
-
-# Sparsity. Zeros in the weights of the layers' linear maps, in equal shares.
+from paper_src.baselines.moments import InputMoments, linears
 
 
 def magnitude_pruned(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
@@ -21,7 +19,7 @@ def magnitude_pruned(model: PreTrainedModel, sparsity: float) -> PreTrainedModel
     return small
 
 
-def wanda(model: PreTrainedModel, moments: Moments, sparsity: float = 0.5, group: int = 0) -> PreTrainedModel:
+def wanda(model: PreTrainedModel, moments: InputMoments, sparsity: float = 0.5, group: int = 0) -> PreTrainedModel:
     """The model whose weights of least |W_ij| * sqrt(E x_j^2) are zero (Wanda, arXiv:2306.11695).
 
     Args:

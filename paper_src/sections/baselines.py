@@ -1,9 +1,9 @@
-"""What to pick for a given budget: the frontier of a comparison, and the best method that meets a limit."""
+"""Section 7: what else one could do for the same bytes or the same speed."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
@@ -13,20 +13,146 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import NotSupported, distillation, timing
-from paper_src.baselines import sparsity
-from paper_src.baselines.methods import Bench, Entry, Model
-from paper_src.baselines.size import _zeros, bytes_of, count_of, require_alive
-from paper_src.baselines.zero_shot import zero_shot as answered
+from paper_src.baselines import sparsity, zero_shot
+from paper_src.baselines.methods import METHODS, Repaired, Setting
+from paper_src.baselines.size import bytes_of, count_of, require_alive, zeros_of
 from paper_src.checkpoints import run_folder
 from paper_src.files import replacing
-from paper_src.models import count_parameters, decoder_layers
+from paper_src.models import count_parameters
 from paper_src.reporting.style import BLUE, GREEN, GREY, PURPLE, RED, SKY, STYLE
-from paper_src.sections.recovery import refit
+from paper_src.sections.judge import Judge
+from paper_src.sections.recovery import refit, start_of
 from paper_src.sources import sha256
 
-LATER = "section 5"  # in the name of a method: repaired before, with a larger budget
+
+@dataclass
+class Measurement:
+    """How every model is measured.
+
+    Attributes:
+        judge: on test text.
+        tokenizer: of the full model.
+        items: of zero-shot tasks.
+        asked: k -> whether models of this size answer them; 0 are methods without a size.
+        workloads: what is timed; the first is the prefill.
+        rounds: timed rounds.
+    """
+
+    judge: Judge
+    tokenizer: PreTrainedTokenizerBase
+    items: Sequence[zero_shot.Items]
+    asked: Sequence[int]
+    workloads: Sequence[timing.Workload]
+    rounds: int
+
+
+def repaired(recovered: pd.DataFrame, folder: Path) -> dict[int, Repaired]:
+    """k -> the checkpoint of section 5, with its budget from t5_recovery."""
+    rows = recovered[(recovered["selection"] == "selected") & (recovered["recovery"] == "distilled")]
+    return {row.k: Repaired(folder / f"recovered_{row.k}", row.tokens, start_of(row.form)) for row in rows.itertuples()}
+
+
+class Rows:
+    """Finished rows in a file, from which a killed run goes on.
+
+    Another setting, measurement or checkpoint of section 5 has a file of its own.
+    """
+
+    def __init__(self, on: Setting, by: Measurement):
+        weights = {k: [sha256(part) for part in sorted(found.folder.glob("*.safetensors"))]
+                   for k, found in on.repaired.items()}  # fmt: skip
+        context = {
+            "training": asdict(on.training), "kept": sorted(on.kept.items()), "block_cut": sorted(on.block_cut.items()),
+            "repaired": weights, "items": [[part.task, part.rows] for part in by.items], "asked": list(by.asked),
+            "workloads": [str(work) for work in by.workloads], "rounds": by.rounds,
+        }  # fmt: skip
+        data = [on.blocks, by.judge.first.blocks, on.validation.blocks, *on.full.parameters()]
+        self.on, self.file = on, run_folder(on.folder, data, context) / "rows.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        self.rows = [json.loads(line) for line in lines]
+
+    def missing(self, jobs: Sequence[tuple[str, int, bool]]) -> list[tuple[str, int, bool]]:
+        """Those of ``jobs`` (name, k, recovered) that have no row yet."""
+        done = {(row["name"], row["k"], row["recovered"]) for row in self.rows}
+        return [job for job in jobs if job not in done]
+
+    @contextmanager
+    def row(self, name: str, k: int, recovered: bool) -> Iterator[dict[str, object]]:
+        """The row of a method, to be filled inside and written behind; ``status`` says why one has no numbers."""
+        row = described(self.on, name, k, recovered)
+        try:
+            yield row
+        except NotSupported as error:
+            row |= {"status": f"not supported: {error}", "tokens": 0}
+        self.rows.append(row)
+        with replacing(self.file) as part:
+            part.write_text("".join(json.dumps(each) + "\n" for each in self.rows))
+
+
+def described(on: Setting, name: str, k: int, recovered: bool) -> dict[str, object]:
+    """What a row of t7_baselines says of its method and of the repair that its model has had.
+
+    ``repaired_by`` is the section whose budget the repair took, ``start`` what the training started from, ``tokens``
+    are those of calibration and training; the choice of layers is not counted.
+    """
+    method = METHODS[name]
+    repair = "distilled" if recovered else method.repair
+    earlier = "repaired" in method.needs
+    start = on.repaired[k].start if earlier else "closed_form" if method.repair == "closed_form" else "as_it_is"
+    return {
+        "method": method.title, "name": name, "family": method.family, "k": k, "recovered": recovered,
+        "trained": repair == "distilled", "bits": method.bits or on.bits, "repair": repair,
+        "repaired_by": "none" if repair == "none" else "section 5" if earlier else "section 7",
+        "start": start if repair == "distilled" else "none", "tokens": on.tokens(name, k),
+    }  # fmt: skip
+
+
+def trained(on: Setting, name: str, k: int, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, object]]:
+    """``model`` after the short distillation that every method gets, and what that adds to its row."""
+    training, row = METHODS[name].training, {"tokens": on.tokens(name, k), "recovery_s": 0.0}
+    if training == "refit":
+        refitted = refit(on.full, on.kept[k], on.blocks)
+        model = refitted.model
+        row = {"start": start_of(refitted.form), "tokens": refitted.tokens, "recovery_s": refitted.seconds}
+    if training == "masked":
+        model = sparsity.masked(model)
+    found = distillation.distil(on.full, model, on.blocks, on.validation, on.folder / f"{name}_{k}", on.training)
+    row["tokens"] += int(found.history[-1]["tokens"])
+    row["recovery_s"] += found.history[-1]["seconds"]
+    return sparsity.unmasked(found.model) if training == "masked" else found.model, row
+
+
+def measured(on: Setting, by: Measurement, model: PreTrainedModel, k: int) -> dict[str, float]:
+    """Fidelity, perplexity, accuracy, bytes and speed of one model; ``<task>_speedup`` over the full one, interleaved.
+
+    Raises:
+        InputError: a layer is lost or does nothing.
+    """
+    require_alive(model, on.blocks[:1, :8])
+    row = {"parameters": count_of(model), "zeros": zeros_of(model), **bytes_of(model), **by.judge.row(model)}
+    for work in by.workloads:
+        ratio = {f"speedup{end}": 1.0 for end in ("", "_lo", "_hi")}
+        if model is not on.full:
+            seconds = timing.pair_seconds(on.full, model, work, by.rounds)
+            ratio = timing.ratio_interval(np.divide(*seconds), by.judge.seed)
+        row |= {f"{work.task}_{name}": value for name, value in ratio.items()}
+    asked = by.items and (k in by.asked or model is on.full)
+    return row | (zero_shot.zero_shot(model, by.tokenizer, by.items) if asked else {})
+
+
+def t7_baselines(rows: Sequence[dict[str, object]], full: PreTrainedModel) -> pd.DataFrame:
+    """t7_baselines: the full model, each method as it is, then those that were trained here.
+
+    Ratios are to the full model in its own dtype, ``*_share`` to the full model in float32.
+    """
+    frame = pd.DataFrame(rows).sort_values("recovered", kind="stable", ignore_index=True)
+    frame.loc[frame["name"] == "full", "k"] = full.config.get_text_config().num_hidden_layers
+    frame["status"] = frame["status"].fillna("") if "status" in frame else ""
+    single = 4 * count_parameters(full)
+    return frame.assign(memory_share=frame["memory_bytes"] / single, disk_share=frame["disk_bytes"] / single)
 
 
 def frontier(frame: pd.DataFrame, cost: str, larger_is_better: bool) -> pd.Series:
@@ -49,189 +175,73 @@ def t7_budgets(frame: pd.DataFrame, speedups: Sequence[float], shares: Sequence[
     limits = {"prefill_hidden_speedup": speedups, "memory_share": shares}
     for cost, limit in [(cost, limit) for cost, values in limits.items() for limit in values]:
         meets = frame[cost] >= limit if cost.endswith("speedup") else frame[cost] <= limit
-        untrained = ~frame["recovered"] & ~frame["method"].str.contains(LATER)
-        for name, part in (("as it is", frame[meets & untrained]), ("recovered or not", frame[meets])):
+        for name, part in (("as it is", frame[meets & ~frame["trained"]]), ("recovered or not", frame[meets])):
             if part["ppl_ratio"].notna().any():
-                best = part.loc[part["ppl_ratio"].idxmin()]
-                row = best[["method", "k", "recovered", "ppl_ratio", cost]].to_dict()
-                rows.append({"budget": cost, "limit": limit, "of": name, **row})
-    wanted = ["budget", "limit", "of", "method", "k", "recovered", "ppl_ratio", *limits]
+                best = part.loc[part["ppl_ratio"].idxmin()].to_dict()
+                rows.append({**best, "budget": cost, "limit": limit, "of": name,
+                             **{other: np.nan for other in limits if other != cost}})  # fmt: skip
+    wanted = ["budget", "limit", "of", "method", "k", "recovered", "ppl_ratio", *limits, "name", "trained", "repair",
+              "tokens"]  # fmt: skip
     return pd.DataFrame(rows).reindex(columns=wanted)
 
 
-def t7_baselines(
-    bench: Bench, methods: Sequence[Entry], recover_k: Sequence[int], progress: Callable = iter
-) -> pd.DataFrame:
-    """t7_baselines: the full model, each method as it is, then each that can be trained, after the same recovery.
-
-    ``status`` is empty, or says why a row has no numbers. Ratios are to the full model in its own dtype,
-    ``*_share`` of the full model in float32. A killed run goes on from the rows in the bench's folder.
-
-    Args:
-        bench: shared.
-        methods: of :func:`entries`.
-        recover_k: sizes that are recovered; 0 are methods without a size.
-        progress: wraps the iterable of jobs.
-    """
-    later = [entry for entry in methods if entry.training != "none" and entry.k in recover_k]
-    jobs = [(entry, False) for entry in methods] + [(entry, True) for entry in later]
-    context = {**asdict(bench.settings), "rounds": bench.rounds, "zero_shot_k": list(bench.zero_shot_k),
-               "items": [[part.task, part.rows] for part in bench.items],
-               "workloads": [str(work) for work in bench.workloads],
-               "methods": [[entry.method, entry.k, list(entry.kept), _digest(entry.source)]
-                           for entry in methods]}  # fmt: skip
-    texts = [bench.blocks, bench.judge.first.blocks, bench.validation.blocks]
-    kept_rows = run_folder(bench.folder, [*texts, *bench.full.parameters()], context) / "rows.jsonl"
-    rows = [json.loads(line) for line in kept_rows.read_text().splitlines()] if kept_rows.is_file() else []
-    if not rows:
-        rows = [{"method": "full model", "family": "full", "k": len(decoder_layers(bench.full)), "recovered": False,
-                 **measured(bench, bench.full, True)}]  # fmt: skip
-    done = {(row["method"], row["k"], row["recovered"]) for row in rows}
-    made: dict[tuple[str, int], tuple[Model, float]] = {}
-    for entry, trained in progress([job for job in jobs if (job[0].method, job[0].k, job[1]) not in done]):
-        row = {"method": entry.method, "family": entry.family, "k": entry.k, "recovered": trained}
-        try:
-            model, row["calibration_s"] = made.pop((entry.method, entry.k), None) or _make(bench, entry)
-            if entry in later and not trained:
-                made[entry.method, entry.k] = model, row["calibration_s"]
-            if trained:
-                model, row["recovery_s"] = recovered(bench, entry, model)
-            row |= measured(bench, model, entry.k in bench.zero_shot_k)
-        except NotSupported as error:
-            row["status"] = f"not supported: {error}"
-        rows.append(row)
-        with replacing(kept_rows) as part:
-            part.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    frame = pd.DataFrame(rows)
-    single = 4 * count_parameters(bench.full)
-    frame["status"] = frame["status"].fillna("") if "status" in frame else ""
-    return frame.assign(memory_share=frame["memory_bytes"] / single, disk_share=frame["disk_bytes"] / single)
-
-
-def _digest(checkpoint: Path | None) -> str:
-    """SHA-256 of each file of a checkpoint's weights; nothing where there are none."""
-    return " ".join(sha256(part) for part in sorted(checkpoint.glob("*.safetensors"))) if checkpoint else ""
-
-
-def _make(bench: Bench, entry: Entry) -> tuple[Model, float]:
-    """The model of ``entry``, and the seconds that it took with what it shares."""
-    shared, start = bench.prepare(entry.uses), time.perf_counter()
-    model = entry.make()
-    return model, shared + time.perf_counter() - start
-
-
-def recovered(bench: Bench, entry: Entry, model: Model) -> tuple[Model, float]:
-    """``model`` after the recovery that every method gets, and its seconds."""
-    start = time.perf_counter()
-    if entry.training == "refit":
-        model = refit(bench.full, entry.kept, bench.blocks).model
-    if entry.training == "masked":
-        model = sparsity.masked(model)
-    name = f"{entry.method}_{entry.k}".replace(" ", "_").replace(":", "")
-    folder = bench.folder / name
-    found = distillation.distil(bench.full, model, bench.blocks, bench.validation, folder, bench.settings).model
-    if entry.training == "masked":
-        found = sparsity.unmasked(found)
-    return found, time.perf_counter() - start
-
-
-def measured(bench: Bench, model: Model, zero_shot: bool) -> dict[str, float]:
-    """Fidelity, perplexity, accuracy, bytes and speed of one model.
-
-    Raises:
-        InputError: a layer is lost or does nothing.
-    """
-    require_alive(model, bench.blocks[:1, :8])
-    row = {"parameters": count_of(model), "zeros": _zeros(model), **bytes_of(model), **bench.judge.row(model)}
-    row |= speeds(bench, model)
-    return row | (answered(model, bench.tokenizer, bench.items) if zero_shot and bench.items else {})
-
-
-def speeds(bench: Bench, model: Model) -> dict[str, float]:
-    """``<task>_speedup`` with its interval for each workload, interleaved with the full model."""
-    row = {}
-    for work in bench.workloads:
-        if model is bench.full:
-            row |= {f"{work.task}_speedup{side}": 1.0 for side in ("", "_lo", "_hi")}
-            continue
-        seconds = timing.pair_seconds(bench.full, model, work, bench.rounds)
-        ratio = timing.ratio_interval(np.divide(*seconds), bench.judge.seed)
-        row |= {f"{work.task}_{name}": value for name, value in ratio.items()}
-    return row
-
-
-FAMILIES = {
-    "full": ("black", "*"),
-    "quantization": (PURPLE, "o"),
-    "sparsity": (GREY, "s"),
-    "width": (GREEN, "^"),
-    "low rank": (SKY, "v"),
-    "depth": (BLUE, "D"),
-    "combination": (RED, "P"),
+FAMILIES = {"full": "black", "quantization": PURPLE, "sparsity": GREY, "width": GREEN, "low rank": SKY, "depth": BLUE,
+            "combination": RED}  # fmt: skip
+PANELS = {
+    "ppl_ratio": "perplexity / full model's",
+    "prefill_hidden_speedup": "prefill speedup",
+    "decode_speedup": "decode speedup",
+    "memory_share": "bytes / float32 model's",
 }
-
-WORST = 1000  # perplexity ratios above it are all failures; they stand at the edge
+WORST = 1000  # a perplexity ratio above it is a failure
 
 
 def f7_pareto(table: pd.DataFrame) -> Figure:
-    """Perplexity over the full model's against measured speed and against bytes, with the frontier.
-
-    Args:
-        table: t7_baselines.
+    """Every method, the best perplexity on top, with what it buys: speed beside the full model, bytes of its weights.
+    Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5. n: the test
+    tokens of section 7; bars: 95% bootstrap over windows, for speed over timed rounds. The line is the frontier: no
+    method above it is as fast, or as small. Perplexities above 1,000 times the full model's are left out and counted.
     """
-    rows = table[table["ppl_ratio"].notna()]
-    panels = {
-        "prefill_hidden_speedup": "prefill speedup over the full model",
-        "decode_speedup": "decode speedup over the full model",
-        "memory_share": "bytes of weights / full model in float32",
-    }
+    known = table[table["ppl_ratio"].notna()]
+    rows = known[known["ppl_ratio"] <= WORST].sort_values("ppl_ratio", kind="stable")
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12, 5.6), sharey=True)
-        for axis, (cost, label) in zip(axes, panels.items(), strict=True):
-            _methods(axis, rows, cost)
+        figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 1.4 + 0.19 * len(rows)), sharey=True)
+        for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
+            _dots(axis, rows, metric)
+            if metric != "ppl_ratio":
+                _staircase(axis, rows, metric)
+            axis.set_title(title)
             axis.set_xscale("log")
-            axis.set_yscale("log")
-            axis.set_ylim(0.5, WORST * 1.3)
-            best = rows[frontier(rows, cost, cost.endswith("speedup")) & (rows["ppl_ratio"] <= WORST)].sort_values(cost)
-            axis.plot(best[cost], best["ppl_ratio"], color="black", lw=0.8, zorder=2, label="frontier")
-            names = [row.method + (f", k = {row.k}" if row.k and row.family != "full" else "")
-                     for row in best.itertuples()]  # fmt: skip
-            _numbered(axis, best[[cost, "ppl_ratio"]].to_numpy())
-            listed = "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
-            axis.text(0, -0.2, listed, transform=axis.transAxes, va="top", size=7.5)
-            axis.set_xlabel(label)
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if metric == "ppl_ratio" else (1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
-        axes[0].set_ylabel("perplexity / full model's")
-        worse = (rows["ppl_ratio"] > WORST).sum()
-        axes[1].set_title("hollow: as it is; filled: after training")
-        axes[2].set_title(f"at the top edge: {worse} rows above {WORST:,} times" if worse else "")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+        axes[0].set_yticks(range(len(rows)), [_label(row) for row in rows.itertuples()], size=7.5)
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        worse = len(known) - len(rows)
+        if worse:
+            axes[0].set_xlabel(f"{worse} rows above {WORST:,} are left out")
+        for family, colour in FAMILIES.items():
+            axes[0].scatter([], [], color=colour, label=family)
+        figure.legend(loc="outside lower center", ncols=len(FAMILIES))
     plt.close(figure)
     return figure
 
 
-def _methods(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
-    """Every method as a point, hollow unless it was trained."""
-    trained = rows["recovered"] | rows["method"].str.contains(LATER) | (rows["family"] == "full")
-    for family, (colour, marker) in FAMILIES.items():
-        axis.scatter([], [], marker=marker, color=colour, label=family)
-        for done in (False, True):
-            part = rows[(rows["family"] == family) & (trained == done)]
-            axis.scatter(part[cost], part["ppl_ratio"].clip(upper=WORST), s=30, marker=marker, edgecolors=colour,
-                         facecolors=colour if done else "none", zorder=3)  # fmt: skip
+def _label(row: tuple) -> str:
+    size = f", k = {row.k}" if row.k and row.family != "full" else ""
+    return row.method + size + (", trained" if row.recovered else "")
 
 
-def _numbered(axis: Axes, points: np.ndarray) -> None:
-    """Numbers beside the points [n, 2], from 1; neighbours too close for two numbers share one label."""
-    places = axis.transData.transform(points) * 72 / axis.figure.dpi
-    groups = [[0]]
-    for index in range(1, len(points)):
-        if np.abs(places[index] - places[groups[-1][0]]).max() < 9:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    for group in groups:
-        text = str(group[0] + 1) + (f"-{group[-1] + 1}" if len(group) > 1 else "")
-        axis.annotate(text, points[group[0]], size=8, textcoords="offset points", xytext=(5, -10))
+def _dots(axis: Axes, rows: pd.DataFrame, metric: str) -> None:
+    """A dot for each row with its interval, hollow unless it was trained."""
+    for place, row in enumerate(rows.to_dict("records")):
+        colour, filled = FAMILIES[row["family"]], row["trained"] or row["family"] == "full"
+        low, high = (row.get(f"{metric}{end}", row[metric]) for end in ("_lo", "_hi"))
+        axis.plot([low, high], [place, place], color=colour, lw=1)
+        axis.plot(row[metric], place, "o", ms=5, mec=colour, mfc=colour if filled else "white")
+
+
+def _staircase(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
+    """The frontier of quality and ``cost`` in rows sorted by quality."""
+    best = rows[cost].cummax() if cost.endswith("speedup") else rows[cost].cummin()
+    axis.step(best, np.arange(len(rows)), where="pre", color="black", lw=0.8, zorder=1)

@@ -1,83 +1,88 @@
-"""The paper's figures, each drawn from tables alone."""
+"""Section 5: how much a repair brings back, for how many tokens and seconds, on which text."""
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from paper_src import InputError, NotSupported, data, distillation, fidelity, recovery, selection
+from paper_src import InputError, NotSupported, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
 from paper_src.models import layer_counts
-from paper_src.reporting.progress import progress_bar
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
-from paper_src.selection import kept_text, kept_tuple
+from paper_src.sections.judge import Judge
+from paper_src.selection import kept_text
 from paper_src.stats import control_p_value
 
-RECOVERIES = {"none": (GREY, "cut only"), "closed_form": (BLUE, "closed form"), "distilled": (GREEN, "distilled")}
+STAGES = {"none": (GREY, "cut only"), "closed_form": (BLUE, "closed form"), "distilled": (GREEN, "distilled")}
 
 
-def f5_recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
-    """Cosine and perplexity of each stage of repair, and both over the distillation's tokens and seconds.
+@dataclass
+class Stage:
+    """A model in its course of repair, and what that has cost up to here.
 
-    Args:
-        table: t5_recovery, on test text.
-        curve: t5_curve, on validation text.
-        target: cosine that was asked for.
+    Attributes:
+        model: as it is after the stage.
+        tokens: of calibration and training, each pass counted.
+        seconds: of computing.
+        form: key of ``recovery.FORMS``, or ``none`` with an empty ``reach``.
+        added: parameters that a standard checkpoint does not have.
+        training_tokens: those of ``tokens`` that were trained on.
+        history: the distillation's looks at validation text.
     """
-    rows = table[table["selection"] == "selected"]
-    keep = sorted(set(rows["k"]), reverse=True)
-    trivial = table[table["selection"] == "trivial"].iloc[0]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(10, 5.6))
-        for line, (metric, title) in zip(
-            axes, (("cosine", "cosine to the full model"), ("ppl_ratio", "perplexity / full model's")), strict=True
-        ):
-            for place, (stage, (colour, label)) in enumerate(RECOVERIES.items()):
-                part = rows[rows["recovery"] == stage].set_index("k").loc[keep]
-                x = np.arange(len(keep)) + 0.18 * (place - 1)
-                spread = [part[metric] - part[f"{metric}_lo"], part[f"{metric}_hi"] - part[metric]]
-                line[0].errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
-            line[0].axhline(trivial[metric], color="black", lw=1, ls="--", label="trivial predictor")
-            line[0].set_xticks(range(len(keep)), [f"k = {k}" for k in keep])
-            line[0].set_ylabel(title)
-            for axis, over, unit in ((line[1], "tokens", 1e3), (line[2], "seconds", 1)):
-                for k, colour in zip(keep, (BLUE, ORANGE, GREEN, PURPLE), strict=False):
-                    part = curve[curve["k"] == k]
-                    axis.plot(part[over] / unit, part[metric], marker="o", ms=3, color=colour, label=f"k = {k}")
-                axis.set_xlabel("distillation, thousands of tokens" if over == "tokens" else "distillation, seconds")
-            if metric == "cosine":
-                for axis in line:
-                    axis.axhline(target, color=RED, lw=1, ls=":", label="target")
-            else:
-                for axis in line:
-                    axis.set_yscale("log")
-                    axis.yaxis.set_major_formatter("{x:g}")
-                for axis in line[1:]:  # less than a decade
-                    axis.yaxis.set_minor_formatter("{x:g}")
-        axes[0, 0].set_title("test text")
-        axes[0, 1].set_title("validation text")
-        axes[0, 2].set_title("validation text")
-        axes[1, 0].legend(loc="best")
-        axes[0, 1].legend(loc="best")
-    plt.close(figure)
-    return figure
+
+    model: PreTrainedModel
+    tokens: int = 0
+    seconds: float = 0.0
+    form: str = "none"
+    reach: str = ""
+    added: int = 0
+    training_tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
-OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metrics on the first
+def start_of(form: str) -> str:
+    """What a training starts from after a closed form of this name."""
+    return "as_it_is" if form == "none" else "closed_form"
 
 
-def domain(name: str) -> str:
-    """A kind of text as it stands in a column: the last part of a folder's path."""
-    return name.rstrip("/").rsplit("/", 1)[-1]
+def refit(
+    full: PreTrainedModel, kept: Sequence[int], blocks: Tensor, form: str = "down_proj", reach: str = "gaps",
+    progress: Callable = iter,
+) -> Stage:  # fmt: skip
+    """The compact model after :func:`recovery.closed_form`.
+
+    It stays cut, with form ``none``, where that is asked for or the family has no such refit; then a warning says so.
+    """
+    start = time.perf_counter()
+    if form != "none":
+        try:
+            found = recovery.closed_form(full, kept, blocks, form, reach, progress=progress)
+            return Stage(found.model, found.tokens, time.perf_counter() - start, form, reach, found.added)
+        except NotSupported as error:
+            warnings.warn(f"{form}, not refitted: {error}", stacklevel=2)
+    return Stage(compact(full, kept))
+
+
+def distil(
+    full: PreTrainedModel, start: Stage, blocks: Tensor, validation: fidelity.Reference, folder: Path,
+    settings: distillation.Distillation, progress: Callable | None = None,
+) -> Stage:  # fmt: skip
+    """The model of ``start`` after :func:`distillation.distil`, with the cost of both."""
+    found = distillation.distil(full, start.model, blocks, validation, folder, settings, progress=progress)
+    last = found.history[-1]
+    tokens = int(last["tokens"])
+    return Stage(found.model, start.tokens + tokens, start.seconds + last["seconds"], start.form, start.reach,
+                 start.added, tokens, found.history)  # fmt: skip
 
 
 def plan(
@@ -85,119 +90,20 @@ def plan(
 ) -> dict[int, tuple[int, float]]:
     """k -> blocks of text and peak learning rate of its distillation; of shares that round to one k, the first.
 
-    Args:
-        keep: numbers of layers, or shares of ``depth``.
-        depth: of the full model.
-        blocks: for each of ``keep``.
-        rates: for each of ``keep``.
-
     Raises:
         InputError: lists of different lengths, or of :func:`models.layer_counts`.
     """
     if not len(keep) == len(blocks) == len(rates):
         lengths = f"{len(keep)}, {len(blocks)} and {len(rates)}"
         raise InputError(f"keep, distil_blocks and learning_rates hold {lengths} values: give one of each for every k")
-    counts = [layer_counts([share], depth)[0] for share in keep]
-    found = {}
-    for k, *settings in zip(counts, blocks, rates, strict=True):
-        found.setdefault(k, tuple(settings))
+    found: dict[int, tuple[int, float]] = {}
+    for share, count, rate in zip(keep, blocks, rates, strict=True):
+        found.setdefault(layer_counts([share], depth)[0], (count, rate))
     return found
 
 
-class Judge:
-    """Compares models with the full one on several kinds of text of one split.
-
-    Args:
-        full: the full model.
-        tokenizer: its tokenizer.
-        texts: names for :func:`data.load_text`; all metrics are taken on the first.
-        split: ``valid`` or ``test``.
-        shape: blocks of each kind, tokens of a block.
-        mean: (d,) mean state of calibration text.
-        seed: of the windows and the bootstrap.
-    """
-
-    def __init__(
-        self,
-        full: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[str],
-        split: str,
-        shape: tuple[int, int],
-        mean: Tensor,
-        seed: int,
-    ):
-        self.references, self.digests, self.seed = {}, {}, seed
-        for name in texts:
-            text, digest = data.load_text(name, split)
-            metrics = OTHER_TEXT if self.references else fidelity.METRICS
-            blocks = data.token_blocks(tokenizer, text, *shape, seed)
-            self.references[domain(name)] = fidelity.reference(full, blocks, mean, metrics=metrics)
-            self.digests[f"{domain(name)} {split}"] = digest
-        self.full_nll = {name: self._values(full, name)["nll_nats"] for name in self.references}  # of each block
-
-    @property
-    def first(self) -> fidelity.Reference:
-        """The reference on the first kind of text."""
-        return next(iter(self.references.values()))
-
-    @property
-    def nll(self) -> float:
-        """The full model's mean loss on the first kind of text, nats/token."""
-        return float(next(iter(self.full_nll.values())).mean())
-
-    def row(self, model: PreTrainedModel) -> dict[str, float]:
-        """All metrics on the first kind of text with intervals; ``ppl_ratio_<domain>``, ``cosine_<domain>`` on all.
-
-        The interval of ``ppl_ratio`` is of the differences to the full model on the same blocks.
-        """
-        row = {}
-        for name, reference in self.references.items():
-            values = self._values(model, name)
-            if reference is self.first:
-                row |= fidelity.summarize(values, self.seed)
-                row |= fidelity.ppl_ratio(values["nll_nats"], self.full_nll[name], self.seed)
-            row[f"ppl_ratio_{name}"] = np.exp((values["nll_nats"] - self.full_nll[name]).mean())
-            row[f"cosine_{name}"] = values["cosine"].mean()
-        ratios = [row[f"ppl_ratio_{name}"] for name in self.references]
-        return row | {"ppl_ratio_mean": float(np.exp(np.mean(np.log(ratios))))}
-
-    def ppl_ratio(self, model: PreTrainedModel) -> float:
-        """Perplexity over the full model's, geometric mean over the kinds of text."""
-        gaps = [(self._values(model, name, ("nll_nats",))["nll_nats"] - self.full_nll[name]).mean()
-                for name in self.references]  # fmt: skip
-        return float(np.exp(np.mean(gaps)))
-
-    @torch.no_grad()
-    def _values(self, model: PreTrainedModel, name: str, metrics: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        reference = self.references[name]
-        wanted = metrics or (fidelity.METRICS if reference is self.first else OTHER_TEXT)
-        return fidelity.compare(model, reference, metrics=wanted)
-
-
-def refit(
-    full: PreTrainedModel,
-    kept: Sequence[int],
-    blocks: Tensor,
-    way: tuple[str, str] = ("down_proj", "gaps"),
-    progress: Callable = iter,
-) -> recovery.Recovered:
-    """:func:`recovery.closed_form` in a ``way`` (form, reach); the cut model where the family has no such refit.
-
-    So is it for the form ``none``: its ``tokens`` are then 0.
-    """
-    form, reach = way
-    if form == "none":
-        return recovery.Recovered(compact(full, kept), 0)
-    try:
-        return recovery.closed_form(full, kept, blocks, form, reach, progress=progress)
-    except NotSupported as error:
-        warnings.warn(f"not refitted: {error}", stacklevel=2)
-        return recovery.Recovered(compact(full, kept), 0)
-
-
 def candidates(strategies: pd.DataFrame, keep: Sequence[int], count: int) -> pd.DataFrame:
-    """Rows k, strategy, kept: the ``count`` best different selections at each k on validation text, unrepaired.
+    """Rows k, strategy, score, kept: the ``count`` best different selections at each k on validation text, unrepaired.
 
     Raises:
         InputError: t2_strategies has no rows of a k.
@@ -210,211 +116,136 @@ def candidates(strategies: pd.DataFrame, keep: Sequence[int], count: int) -> pd.
 
 
 def random_candidates(depth: int, k: int, draws: int, seed: int) -> pd.DataFrame:
-    """Rows k, strategy, kept of random selections: the control of those above."""
-    kept = [kept_text(draw) for draw in selection.random_draws(depth, k, draws, seed)]
-    return pd.DataFrame({"k": k, "strategy": "random", "score": None, "kept": kept})
+    """Rows like those of :func:`candidates` of random selections: their control."""
+    rows = [(k, "random", None, kept_text(draw)) for draw in selection.random_draws(depth, k, draws, seed)]
+    return pd.DataFrame(rows, columns=["k", "strategy", "score", "kept"])
 
 
-def after_refit(
-    full: PreTrainedModel, table: pd.DataFrame, blocks: Tensor, judge: Judge, progress: Callable = iter
-) -> pd.DataFrame:
-    """t5_selection: perplexity of every candidate before and after the closed form, and which is best after.
+def t5_selection(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
+    """t5_selection: every candidate with its ``ppl_ratio_cut`` and ``ppl_ratio_refitted``, ranked at each k.
 
-    Args:
-        full: the full model.
-        table: from :func:`candidates` and :func:`random_candidates`.
-        blocks: (N, T) calibration text of the refit.
-        judge: on validation text.
-        progress: wraps the iterable of rows.
+    ``p_refitted``: the chance that a random selection of the same k is as good after the same refit; those are ranked
+    among themselves.
     """
-    rows = []
-    for row in progress(table.to_dict("records")):
-        kept = kept_tuple(row["kept"])
-        before = judge.ppl_ratio(compact(full, kept))
-        after = judge.ppl_ratio(refit(full, kept, blocks).model)
-        rows.append({**row, "ppl_ratio_cut": before, "ppl_ratio_refitted": after})
     frame = pd.DataFrame(rows)
-    groups = frame.groupby("k")
+    random = frame["strategy"] == "random"
     for name in ("cut", "refitted"):
-        frame[f"rank_{name}"] = groups[f"ppl_ratio_{name}"].rank(method="first").astype(int)
-    return frame.assign(chosen=frame["rank_refitted"] == 1)
+        frame[f"rank_{name}"] = frame.groupby(["k", random])[f"ppl_ratio_{name}"].rank(method="first").astype(int)
+    frame["chosen"], frame["p_refitted"] = (frame["rank_refitted"] == 1) & ~random, np.nan
+    for k, draws in frame.loc[random, "ppl_ratio_refitted"].groupby(frame["k"]):
+        judged = frame.loc[~random & (frame["k"] == k), "ppl_ratio_refitted"]
+        chances = [control_p_value(value, draws, higher_is_better=False) for value in judged]
+        frame.loc[judged.index, "p_refitted"] = chances
+    return frame
 
 
-def t5_mix(
-    full: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    kept: Sequence[int],
-    choices: Mapping[str, Sequence[str]],
-    shape: tuple[int, int],
-    judge: Judge,
-    seed: int,
-) -> pd.DataFrame:
-    """t5_mix: the closed form calibrated on each mix of texts, judged on every kind of text.
+def t5_mix(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
+    """t5_mix: the closed form calibrated on each mix of texts, judged on every kind of text; the cut model first.
 
     ``no_domain_worse`` says whether no kind of text has a higher perplexity than before the repair; of those mixes
     the one with the lowest geometric mean of the ratios is ``chosen``; none where nothing is refitted.
     """
-    cut = judge.row(compact(full, kept))
-    columns = [f"ppl_ratio_{name}" for name in judge.references]
-    rows = [{"mix": "none", **cut, "no_domain_worse": True, "refitted": False}]
-    for name, texts in choices.items():
-        blocks = calibration(tokenizer, texts, *shape, seed)
-        found = refit(full, kept, blocks)
-        row = judge.row(found.model)
-        harmless = all(row[column] <= cut[column] for column in columns)
-        rows.append({"mix": name, **row, "no_domain_worse": harmless, "refitted": found.tokens > 0})
     frame = pd.DataFrame(rows)
+    columns = [name for name in frame if name.startswith("ppl_ratio_") and not name.endswith(("_lo", "_hi", "_mean"))]
+    frame["no_domain_worse"] = (frame[columns] <= frame.loc[0, columns]).all(axis=1)
     possible = frame[frame["no_domain_worse"] & frame["refitted"]]
     best = possible["ppl_ratio_mean"].idxmin() if len(possible) else -1
-    wanted = ["mix", *columns, "ppl_ratio_mean", "no_domain_worse"]
-    return frame[wanted].assign(tokens=shape[0] * shape[1], chosen=frame.index == best)
+    wanted = ["mix", "texts", *columns, "ppl_ratio_mean", "no_domain_worse", "tokens"]
+    return frame[wanted].assign(chosen=frame.index == best)
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int) -> Tensor:
-    """(count, length) token ids of the calibration split of ``texts``, each as often as it is named."""
-    return data.mixed_blocks(tokenizer, [data.load_text(name, "train")[0] for name in texts], count, length, seed)
+def t5_forms(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
+    """t5_forms: each published form of the closed form on the same layers and tokens; the cut model first.
 
-
-def t5_forms(
-    full: PreTrainedModel,
-    kept: Sequence[int],
-    blocks: Tensor,
-    judge: Judge,
-    ways: Sequence[tuple[str, str]],
-    progress: Callable = iter,
-) -> pd.DataFrame:
-    """t5_forms: each published form of the closed form, (form, reach), on the same layers and tokens.
-
-    Of those that add no parameter the one with the lowest geometric mean of perplexity ratios is ``chosen``. Forms
-    that the family of the model cannot take are left out; if all are, ``none`` is chosen.
+    Of those that are standard checkpoints the one with the lowest geometric mean of perplexity ratios is ``chosen``;
+    ``none`` where the family takes no form.
     """
-    rows = [{"form": "none", "reach": "", "tokens": 0, "seconds": 0.0, "added": 0, **judge.row(compact(full, kept))}]
-    for form, reach in progress(list(ways)):
-        start = time.perf_counter()
-        try:
-            found = recovery.closed_form(full, kept, blocks, form, reach)
-        except NotSupported as error:
-            print(f"{form}: {error}")
-            continue
-        seconds = time.perf_counter() - start
-        rows.append({"form": form, "reach": reach, "tokens": found.tokens, "seconds": seconds, "added": found.added,
-                     **judge.row(found.model)})  # fmt: skip
-    frame = pd.DataFrame(rows).assign(k=len(kept), kept=kept_text(kept))
-    standard = frame[(frame["added"] == 0) & (frame["form"] != "none")]
-    return frame.assign(chosen=frame.index == (standard["ppl_ratio_mean"].idxmin() if len(standard) else 0))
+    frame = pd.DataFrame(rows)
+    possible = frame.loc[frame["standard"] & (frame["form"] != "none"), "ppl_ratio_mean"]
+    return frame.assign(chosen=frame.index == (possible.idxmin() if len(possible) else 0))
 
 
-def with_control(table: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
-    """Rows of both, and ``p_refitted``: the chance that a random selection is as good after the same refit."""
-    draws = control["ppl_ratio_refitted"]
-    smallest = table["k"] == control["k"].iloc[0]
-    p_values = [control_p_value(value, draws, higher_is_better=False) for value in table["ppl_ratio_refitted"]]
-    table = table.assign(p_refitted=pd.Series(p_values, table.index).where(smallest))
-    return pd.concat([table, control.assign(chosen=False)], ignore_index=True)
+def form_row(found: Stage, kept: Sequence[int], metrics: Mapping[str, float]) -> dict[str, object]:
+    """A row of t5_forms, of a form's cost and a judge's ``metrics``."""
+    standard = found.form == "none" or recovery.FORMS[found.form].standard
+    return {"form": found.form, "reach": found.reach, "tokens": found.tokens, "seconds": found.seconds,
+            "added": found.added, "standard": standard, **metrics, "k": len(kept), "kept": kept_text(kept)}  # fmt: skip
 
 
-def recover(
-    full: PreTrainedModel,
-    kept: Sequence[int],
-    blocks: Tensor,
-    way: tuple[str, str],
-    more: Tensor,
-    validation: fidelity.Reference,
-    folder: Path,
-    settings: distillation.Distillation,
-) -> tuple[dict[str, tuple[PreTrainedModel, float, int]], list[dict[str, float]]]:
-    """Both stages at one k: stage -> (model, seconds, tokens), each with those before, and the distillation's history.
-
-    Args:
-        full: the full model.
-        kept: kept layers.
-        blocks: (N, T) calibration text of the closed form.
-        way: its form and reach; see :func:`refit`.
-        more: (M, T) calibration text of the distillation.
-        validation: decides on the distillation's best state.
-        folder: of its checkpoints and outcome; a run that is done is not run again while that is there.
-        settings: of the distillation.
-    """
-    start = time.perf_counter()
-    refitted = refit(full, kept, blocks, way, progress_bar(f"closed form, k = {len(kept)}"))
-    seconds = time.perf_counter() - start
-    trained = distillation.distil(full, refitted.model, more, validation, folder, settings, kept, print)
-    history = [{"k": len(kept), "closed_form_s": seconds, **row} for row in trained.history]
-    found = {
-        "none": (compact(full, kept), 0.0, 0),
-        "closed_form": (refitted.model, seconds, refitted.tokens),
-        "distilled": (trained.model, seconds + history[-1]["seconds"], refitted.tokens + int(history[-1]["tokens"])),
-    }
-    return found, history
+def stage_row(
+    chosen_by: str, kept: Sequence[int], recovered: str, found: Stage, metrics: Mapping[str, float]
+) -> dict[str, object]:
+    """A row of t5_recovery, of a stage's cost and a judge's ``metrics``; no layers are the trivial predictor's."""
+    return {"k": len(kept), "selection": chosen_by, "kept": kept_text(kept), "recovery": recovered,
+            "form": found.form, "reach": found.reach, "trained": bool(found.history), "tokens": found.tokens,
+            "training_tokens": found.training_tokens, "seconds": found.seconds, "parameters_added": found.added,
+            **metrics}  # fmt: skip
 
 
-def t5_curve(histories: Sequence[Sequence[dict[str, float]]], judge: Judge) -> pd.DataFrame:
+def t5_recovery(rows: Sequence[dict[str, object]], judge: Judge) -> pd.DataFrame:
+    """t5_recovery: every model between the full one and the trivial predictor, and the tokens judged on."""
+    return pd.DataFrame(rows).assign(n_tokens=judge.first.blocks.numel())
+
+
+def t5_curve(stages: Mapping[int, Mapping[str, Stage]], judge: Judge) -> pd.DataFrame:
     """t5_curve: every look of the distillations at validation text, ``ppl_ratio`` to the full model's."""
-    frame = pd.DataFrame([row for history in histories for row in history])
-    return frame.assign(ppl_ratio=np.exp(frame["nll_nats"] - judge.nll))
-
-
-def saved(full: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The repaired model of a checkpoint, in the dtype and on the device of ``full``.
-
-    Raises:
-        InputError: the checkpoint is not there.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is missing: run ./reproduce.sh --only 05_recovery --force")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=full.dtype).to(full.device).eval()
-
-
-def stages(
-    judge: Judge, models: Mapping[str, tuple[PreTrainedModel, float, int]], kept: Sequence[int], name: str = "selected"
-) -> list[dict[str, object]]:
-    """Rows of t5_recovery at one k: each stage's metrics, with what it cost.
-
-    Args:
-        judge: on test text.
-        models: stage -> model, seconds, tokens.
-        kept: kept layers.
-        name: how they were chosen.
-    """
-    base = {"k": len(kept), "selection": name, "kept": kept_text(kept)}
-    return [
-        {**base, "recovery": stage, "tokens": tokens, "seconds": seconds, "parameters_added": 0, **judge.row(model)}
-        for stage, (model, seconds, tokens) in models.items()
-    ]
-
-
-def earlier(
-    full: PreTrainedModel, kept: Sequence[int], blocks: Tensor, way: tuple[str, str], judge: Judge
-) -> list[dict[str, object]]:
-    """Rows of t5_recovery for the earlier report's kind of selection: cut, and refitted."""
-    start = time.perf_counter()
-    refitted = refit(full, kept, blocks, way)
-    seconds = time.perf_counter() - start
-    found = {"none": (compact(full, kept), 0.0, 0), "closed_form": (refitted.model, seconds, refitted.tokens)}
-    return stages(judge, found, kept, "distributed")
-
-
-def t5_recovery(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge: Judge) -> pd.DataFrame:
-    """t5_recovery: the rows between the full model and the trivial predictor, which answers with the mean state."""
-    depth = full.config.get_text_config().num_hidden_layers
-    base = {"tokens": 0, "seconds": 0.0, "parameters_added": 0}
-    constant = fidelity.summarize(fidelity.compare_constant(full, judge.first), judge.seed)
-    constant["ppl_ratio"] = float(np.exp(constant["nll_nats"] - judge.nll))
-    first = {"k": depth, "selection": "full", "kept": kept_text(range(depth)), "recovery": "none", **base}
-    last = {"k": 0, "selection": "trivial", "recovery": "none", **base, **constant}
-    return pd.DataFrame([first | judge.row(full), *rows, last]).assign(n_tokens=judge.first.blocks.numel())
+    rows = [{"k": k, "closed_form_s": found["closed_form"].seconds, **look}
+            for k, found in stages.items() for look in found["distilled"].history]  # fmt: skip
+    return pd.DataFrame(rows).assign(ppl_ratio=lambda frame: np.exp(frame["nll_nats"] - judge.nll))
 
 
 def recommended(curve: pd.DataFrame, target: float) -> dict[str, float]:
-    """The recommended model: of the models with a cosine of at least ``target`` that of the fewest layers.
+    """The row of t5_curve of the model of fewest layers whose cosine reaches ``target``; else of highest cosine.
 
-    Where none reaches it, the one of highest cosine.
-
-    Args:
-        curve: t5_curve; of each k the look of lowest KL counts, whose state was kept.
-        target: cosine on validation text.
+    Of each k the look of lowest KL counts, whose state is the distilled model.
     """
     best = curve.loc[curve.groupby("k")["kl_nats"].idxmin()]
     enough = best[best["cosine"] >= target]
     row = enough.loc[enough["k"].idxmin()] if len(enough) else best.loc[best["cosine"].idxmax()]
     return {**row.to_dict(), "k": int(row["k"])}
+
+
+METRICS = {"cosine": "cosine to the full model", "ppl_ratio": "perplexity / full model's"}
+
+
+def f5_recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
+    """What each stage of repair brings back: cosine of the last hidden state and perplexity over the full model's.
+    Left: test text (n: `n_tokens` of t5_recovery); bars: 95% bootstrap over windows; dashed: the trivial predictor.
+    Right: every look at validation text during the distillation, which begins after the closed form; seconds are of
+    training alone. Dotted: the cosine that was asked for.
+    """
+    rows = table[table["selection"] == "selected"]
+    keep = sorted(set(rows["k"]), reverse=True)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(8.4, 6), width_ratios=(1, 1.25))
+        for (left, right), (metric, title) in zip(axes, METRICS.items(), strict=True):
+            _stages(left, rows, keep, metric)
+            trivial = table.loc[table["selection"] == "trivial", metric].item()
+            left.axhline(trivial, color="black", lw=1, ls="--", label="trivial predictor")
+            for k, colour in zip(keep, (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+                part = curve[curve["k"] == k]
+                label = f"k = {k}: {part['tokens'].max() / 1e3:,.0f}k tokens, {part['seconds'].max():,.0f} s"
+                right.plot(part["tokens"] / 1e3, part[metric], marker="o", ms=3, color=colour, label=label)
+            for axis, text in ((left, "test text"), (right, "validation text")):
+                axis.set_title(f"{title}, {text}")
+                if metric == "cosine":
+                    axis.axhline(target, color=RED, lw=1, ls=":", label=f"target {target:g}")
+                else:
+                    axis.set_yscale("log")
+                    axis.yaxis.set_major_formatter("{x:g}")
+            right.set_xlabel("distillation, thousands of tokens")
+        right.yaxis.set_minor_formatter("{x:g}")  # less than a decade
+        for place, part in zip(("lower left", "lower right"), axes[0], strict=True):
+            figure.legend(*part.get_legend_handles_labels(), loc=f"outside {place}", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def _stages(axis: Axes, rows: pd.DataFrame, keep: Sequence[int], metric: str) -> None:
+    """The stages side by side at each k, with their intervals."""
+    for place, (stage, (colour, label)) in enumerate(STAGES.items()):
+        part = rows[rows["recovery"] == stage].set_index("k").loc[keep]
+        spread = [part[metric] - part[f"{metric}_lo"], part[f"{metric}_hi"] - part[metric]]
+        x = np.arange(len(keep)) + 0.18 * (place - 1)
+        axis.errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
+    axis.set_xticks(range(len(keep)), [f"k = {k}" for k in keep])

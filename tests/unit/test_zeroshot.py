@@ -74,16 +74,16 @@ def _split(story):
 
 def test_items_are_read_from_a_folder(tmp_path, refused):
     (tmp_path / "piqa.jsonl").write_text("\n".join(json.dumps(row) for row in GOALS))
-    items = zero_shot.load("piqa", str(tmp_path))
+    items = zero_shot.load_items("piqa", str(tmp_path))
     assert items.rows == GOALS
     assert len(items.digest) == 64
     with refused("hellaswag.jsonl is missing"):
-        zero_shot.load("hellaswag", str(tmp_path))
+        zero_shot.load_items("hellaswag", str(tmp_path))
     with refused("task 'winogrande': use one of"):
-        zero_shot.load("winogrande", str(tmp_path))
+        zero_shot.load_items("winogrande", str(tmp_path))
     (tmp_path / "piqa.jsonl").write_text('{"goal": ')
     with refused("piqa.jsonl cannot be read"):
-        zero_shot.load("piqa", str(tmp_path))
+        zero_shot.load_items("piqa", str(tmp_path))
 
 
 def test_requests_of_lambada_become_whole_stories(tmp_path, monkeypatch):
@@ -91,16 +91,16 @@ def test_requests_of_lambada_become_whole_stories(tmp_path, monkeypatch):
     with gzip.open(path, "wt") as file:
         file.write(json.dumps({"request": {"context": "the cat sat on the", "continuation": " mat"}}) + "\n")
     monkeypatch.setattr(zero_shot, "fetch", lambda asset, *others: path)
-    assert zero_shot.load("lambada_openai").rows == [{"text": "the cat sat on the mat"}]
+    assert zero_shot.load_items("lambada_openai").rows == [{"text": "the cat sat on the mat"}]
 
 
 def test_a_sample_is_without_repetition_and_the_same_for_a_seed():
     items = zero_shot.Items("piqa", [{"n": n} for n in range(20)], "")
-    picked = [row["n"] for row in zero_shot.sample(items, 6, 0).rows]
+    picked = [row["n"] for row in zero_shot.sampled_items(items, 6, 0).rows]
     assert len(set(picked)) == 6
-    assert picked == [row["n"] for row in zero_shot.sample(items, 6, 0).rows]
-    assert picked != [row["n"] for row in zero_shot.sample(items, 6, 1).rows]
-    assert len(zero_shot.sample(items, 99, 0).rows) == 20
+    assert picked == [row["n"] for row in zero_shot.sampled_items(items, 6, 0).rows]
+    assert picked != [row["n"] for row in zero_shot.sampled_items(items, 6, 1).rows]
+    assert len(zero_shot.sampled_items(items, 99, 0).rows) == 20
 
 
 def test_columns_name_the_metric():
