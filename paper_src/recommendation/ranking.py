@@ -18,21 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paper_src import InputError
 from paper_src.data import beginning
 from paper_src.models import last_hidden
-from paper_src.recommendation.interactions import Split
+from paper_src.recommendation.interactions import Sequences, Split
 
-Scorer = Callable[[Sequence[np.ndarray]], Tensor]  # histories of U users -> scores (U, I)
+Scorer = Callable[[Sequences], Tensor]  # histories of U users -> scores (U, I)
 
 
-def target_ranks(
-    scorer: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray, batch_size: int = 256
-) -> np.ndarray:
+def target_ranks(scorer: Scorer, histories: Sequences, targets: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """(U,) rank of each user's target among all items they have not had, 1 is best; of equal scores the worst.
 
     Args:
-        scorer: gives the scores of all items.
-        histories: what is known of each user, in time order.
+        scorer: gives the scores of all items from histories, what is known of each user in time order.
         targets: (U,) the item that came next.
-        batch_size: users a step.
 
     Raises:
         InputError: an empty history, a target that the user has had, or a score that is NaN.
@@ -71,13 +67,13 @@ def metrics_of(found: np.ndarray) -> dict[str, np.ndarray]:
     return hits | {f"ndcg{k}": np.where(found <= k, gain, 0.0) for k in (5, 10)} | {"mrr": 1 / found}
 
 
-def most_popular(train: Sequence[np.ndarray], items: int) -> Scorer:
+def most_popular(train: Sequences, items: int) -> Scorer:
     """Scores by the number of interactions in ``train``, the same for every user."""
     counts = torch.as_tensor(np.bincount(np.concatenate(train), minlength=items)).float()
     return lambda histories: counts.repeat(len(histories), 1)
 
 
-def item_knn(train: Sequence[np.ndarray], items: int, neighbours: int = 100) -> Scorer:
+def item_knn(train: Sequences, items: int, neighbours: int = 100) -> Scorer:
     """Scores by cosine between items' sets of users, summed over the history (implicit's ``CosineRecommender``)."""
     from implicit.nearest_neighbours import CosineRecommender  # compiled: slow to import
 
@@ -89,7 +85,7 @@ def item_knn(train: Sequence[np.ndarray], items: int, neighbours: int = 100) -> 
     return lambda histories: torch.as_tensor((_matrix(histories, items) @ similarity).toarray())
 
 
-def _matrix(sequences: Sequence[np.ndarray], items: int) -> sparse.csr_matrix:
+def _matrix(sequences: Sequences, items: int) -> sparse.csr_matrix:
     """(U, I) with a 1 for each interaction."""
     users = np.repeat(np.arange(len(sequences)), [len(row) for row in sequences])
     ones = np.ones(len(users), dtype=np.float32)
@@ -98,23 +94,17 @@ def _matrix(sequences: Sequence[np.ndarray], items: int) -> sparse.csr_matrix:
 
 @torch.no_grad()
 def text_states(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    length: int = 20,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int = 20,
     batch_size: int = 64,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(I, d) float32: mean over tokens of the last hidden states of each text.
 
     Padding stands behind the texts, where a causal model's states do not see it. A BOS token stands before each where
     the tokenizer puts one, and does not count.
 
     Args:
-        model: full or compact.
-        tokenizer: its tokenizer.
         texts: I texts, none empty.
         length: tokens of a text that count.
-        batch_size: texts a step, of like length.
     """
     ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:length]) for text in texts]
     first = torch.tensor(beginning(tokenizer), dtype=torch.long)
@@ -133,15 +123,13 @@ def text_states(
 
 
 def frozen(states: Tensor, decay: float = 0.8) -> Scorer:
-    """Scores by cosine between an item and the user, the mean of their items weighted by ``decay`` ** age.
+    """Scores by cosine of :func:`text_states` (I, d) between an item and the user.
 
-    Args:
-        states: (I, d) from :func:`text_states`.
-        decay: weight of an item over that of the one after it.
+    A user is the mean of their items, weighted by ``decay`` ** age.
     """
     vectors = functional.normalize(states - states.mean(0), dim=-1)  # hidden states share a large mean
 
-    def score(histories: Sequence[np.ndarray]) -> Tensor:
+    def score(histories: Sequences) -> Tensor:
         users = [vectors[items].T @ decay ** torch.arange(len(items) - 1.0, -1, -1) for items in histories]
         return functional.normalize(torch.stack(users), dim=-1) @ vectors.T
 

@@ -4,12 +4,11 @@ A new recommender is a function with an entry of ``RECOMMENDERS``.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,31 +16,21 @@ from transformers import PreTrainedModel
 from paper_src.models import count_parameters
 from paper_src.recommendation import encoders, ranking
 from paper_src.recommendation.encoders import Training
-from paper_src.recommendation.interactions import Interactions, leave_last_out
+from paper_src.recommendation.interactions import Interactions, Sequences, leave_last_out
 
 WATCHED = 1000  # validation users; of a quarter as many, the best epoch was often not the best
-Users = Sequence[np.ndarray]  # training items of each
 
 
 @dataclass
 class Trial:
-    """Users, items and budgets that all recommenders of one data set share.
-
-    Args:
-        data: sequences.
-        learners: number of random users whose sequences language models are trained on; items are never sampled.
-        judged: number of random users that test; validation looks at as many others, at most ``WATCHED``.
-        training: of language models; its seed is that of the samples as well.
-        scratch: the training of networks that start from nothing, on all users.
-        width: numbers of an item vector that starts from texts.
-    """
+    """Users, items and budgets that all recommenders of one data set share; items are never sampled."""
 
     data: Interactions
-    learners: int
-    judged: int
-    training: Training
-    scratch: Training
-    width: int
+    learners: int  # number of random users whose sequences language models are trained on
+    judged: int  # number of random users that test; validation looks at as many others, at most ``WATCHED``
+    training: Training  # of language models; its seed is that of the samples as well
+    scratch: Training  # of networks that start from nothing, on all users
+    width: int  # numbers of an item vector that starts from texts
 
     def __post_init__(self) -> None:
         split, seed = leave_last_out(self.data.sequences), self.training.seed
@@ -49,8 +38,7 @@ class Trial:
         tested = ranking.sampled_users(split, self.judged, seed)
         learners = ranking.sampled_users(split, self.learners, seed + 1)
         watched = ranking.sampled_users(split, min(self.judged, WATCHED), seed + 2)
-        self.users: dict[str, Users] = {"none": [], "sample": [split.train[user] for user in learners],
-                                        "all": split.train}  # fmt: skip
+        self.users = {"none": [], "sample": [split.train[user] for user in learners], "all": split.train}
         self.validation = [split.train[user] for user in watched], split.valid[watched]
         histories = split.history("test")
         self.test = [histories[user] for user in tested], split.test[tested]
@@ -67,19 +55,19 @@ class ItemTexts(NamedTuple):
 Fitted = tuple[ranking.Scorer, dict[str, float]]  # scores, and columns of the row
 
 
-def fit_most_popular(trial: Trial, users: Users, *ignored) -> Fitted:
+def fit_most_popular(trial: Trial, users: Sequences, *ignored) -> Fitted:
     return ranking.most_popular(users, trial.items), {}
 
 
-def fit_item_knn(trial: Trial, users: Users, *ignored) -> Fitted:
+def fit_item_knn(trial: Trial, users: Sequences, *ignored) -> Fitted:
     return ranking.item_knn(users, trial.items), {}
 
 
-def fit_frozen(trial: Trial, users: Users, texts: ItemTexts, folder: Path) -> Fitted:
+def fit_frozen(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
     return ranking.frozen(texts.states), {"seconds": texts.seconds, "parameters": count_parameters(texts.model)}
 
 
-def fit_sasrec(trial: Trial, users: Users, texts: None, folder: Path) -> Fitted:
+def fit_sasrec(trial: Trial, users: Sequences, texts: None, folder: Path) -> Fitted:
     """SASRec. On a part of the users it has as many steps as on all, each of no more sequences than language models."""
     training, everyone = trial.scratch, len(trial.users["all"])
     if len(users) < everyone:
@@ -89,25 +77,23 @@ def fit_sasrec(trial: Trial, users: Users, texts: None, folder: Path) -> Fitted:
         training = replace(training, batch_size=batch, epochs=epochs, patience=patience)
     torch.manual_seed(training.seed)
     body = encoders.sasrec_body(length=training.length)
-    return _fit(trial, users, body, encoders.random_vectors(trial.items, body.config.n_embd, training.seed), training,
-                folder)  # fmt: skip
+    vectors = encoders.random_vectors(trial.items, body.config.n_embd, training.seed)
+    return _fit(body, vectors, users, trial, training, folder)
 
 
-def fit_layers(trial: Trial, users: Users, texts: ItemTexts, folder: Path) -> Fitted:
+def fit_layers(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
     """The language model's layers as encoder; item vectors start from its own states of the texts."""
     body = copy.deepcopy(texts.model.base_model).float()
-    return _fit(trial, users, body, encoders.item_vectors(texts.states, trial.width), trial.training, folder)
+    return _fit(body, encoders.item_vectors(texts.states, trial.width), users, trial, trial.training, folder)
 
 
-def fit_no_layers(trial: Trial, users: Users, texts: ItemTexts, folder: Path) -> Fitted:
+def fit_no_layers(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
     """The same item vectors and training without any layer."""
     body = encoders.NoLayers(texts.model.config)
-    return _fit(trial, users, body, encoders.item_vectors(texts.states, trial.width), trial.training, folder)
+    return _fit(body, encoders.item_vectors(texts.states, trial.width), users, trial, trial.training, folder)
 
 
-def _fit(
-    trial: Trial, users: Users, body: nn.Module, vectors: Tensor, training: Training, folder: Path
-) -> Fitted:  # fmt: skip
+def _fit(body: nn.Module, vectors: Tensor, users: Sequences, trial: Trial, training: Training, folder: Path) -> Fitted:
     model, history = encoders.train(body, vectors, users, trial.validation, folder, training)
     best = max(history, key=lambda row: row["ndcg10"])
     columns = {"seconds": history[-1]["seconds"], "epochs": best["epoch"], "valid_ndcg10": best["ndcg10"]}
@@ -116,25 +102,15 @@ def _fit(
 
 @dataclass(frozen=True)
 class Recommender:
-    """An entry of ``RECOMMENDERS``.
+    """An entry of ``RECOMMENDERS``."""
 
-    Attributes:
-        title: in figures.
-        kind: ``reference``, ``language model``, or ``control`` of trained language models.
-        source: paper or library.
-        fit: gives scores, and columns of its row.
-        texts: whether a language model reads the items' texts.
-        trained: whether a network is trained on sequences; it is timed.
-        layers: whether the layers of that network read the history.
-    """
-
-    title: str
-    kind: str
-    source: str
-    fit: Callable[[Trial, Users, ItemTexts | None, Path], Fitted]
-    texts: bool = False
-    trained: bool = False
-    layers: bool = False
+    title: str  # in figures
+    kind: str  # reference, language model, or control of trained language models
+    source: str  # paper or library
+    fit: Callable[[Trial, Sequences, ItemTexts | None, Path], Fitted]
+    texts: bool = False  # whether a language model reads the items' texts
+    trained: bool = False  # whether a network is trained on sequences; it is timed
+    layers: bool = False  # whether the layers of that network read the history
 
 
 RECOMMENDERS = {
