@@ -1,11 +1,7 @@
-"""One row a model: is what the paper finds on its own weights general?
+"""One row a model: is what the paper finds on its own weights general? From the findings of each run."""
 
-python -m paper_src.across tables/t9_models tables results/laptop-mine/tables
-"""
-
-import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,9 +9,9 @@ from scipy.stats import hypergeom
 
 from paper_src import InputError
 from paper_src.files import replacing
-from paper_src.reporting import facts
+from paper_src.reporting.findings import Finding, load
 
-PATTERNS = {"fisher": "fisher", "combined": "overlap", "leave_one_out": "leave_one_out", "shapley": "shapley"}
+PATTERNS = ("fisher", "combined", "leave_one_out", "shapley")
 
 
 def row(tables: Path) -> dict[str, object]:
@@ -34,64 +30,53 @@ def row(tables: Path) -> dict[str, object]:
             raise InputError(f"{tables / name} is missing: run ./reproduce.sh --model NAME first")
         return tables / name
 
-    def read(name: str) -> pd.DataFrame:
-        return pd.read_csv(file(f"{name}.csv"))
-
-    found, causal, worth = facts.pattern(read), facts.causal_pattern(read), facts.worth(read)
-    selected, repaired, random = facts.recommended_or_chosen(read), facts.repaired(read), facts.against_random(read)
-    size, depth = found["of"], found["depth"]
+    found: dict[str, Finding] = load(lambda name: pd.read_csv(file(f"{name}.csv")))
+    for section in range(1, 6):
+        file(f"t{section}_findings.csv")
     made = json.loads(file("01_importance.json").read_text(encoding="utf-8"))["model"]
+    depth, size = int(found["layers"].value), int(found["pattern_fisher"].n)
     columns = {
         "model": Path(made["name"]).name,
         "sha256": made["sha256"][:12],
         "layers": depth,
-        "parameters": int(read("t3_size")["parameters"].max()),
+        "parameters": int(found["parameters_full"].value),
         "pattern_layers": size,
-        "by_chance": size * size / depth,
+        "by_chance": found["pattern_by_chance"].value,
     }
-    for score, name in PATTERNS.items():
-        inside = (found | causal)[name]
+    for score in PATTERNS:
+        inside = int(found[f"pattern_{score}"].value)
         columns |= {f"in_pattern_{score}": inside, f"p_{score}": hypergeom.sf(inside - 1, depth, size, size)}
+    fisher, nearest = found["tau_leave_one_out_fisher"], found["tau_leave_one_out_nearest"]
     return columns | {
-        "tau_fisher_leave_one_out": worth["loo"],
-        "tau_fisher_lo": worth["loo_lo"],
-        "tau_fisher_hi": worth["loo_hi"],
-        "nearest_score": worth["best"],
-        "tau_nearest": worth["best_tau"],
-        "top_k_selections": random["top_k"],
-        "top_k_better_than_random": random["top_k_better"],
-        "distributed_selections": random["distributed"],
-        "distributed_better_than_random": random["distributed_better"],
-        "k": selected["k"],
-        "speedup": facts.largest_speedup(read)["speedup"],
-        "ppl_ratio_distributed": selected["own"],
-        "ppl_ratio_chosen": selected["chosen"],
-        "ppl_ratio_recovered": repaired["ppl"],
-        "cosine_recovered": repaired["cosine"],
-        "cosine_constant": repaired["trivial"],
+        "tau_fisher_leave_one_out": fisher.value,
+        "tau_fisher_lo": fisher.lo,
+        "tau_fisher_hi": fisher.hi,
+        "nearest_score": nearest.text,
+        "tau_nearest": nearest.value,
+        "top_k_selections": int(found["top_k_better_than_random"].n),
+        "top_k_better_than_random": int(found["top_k_better_than_random"].value),
+        "distributed_selections": int(found["distributed_better_than_random"].n),
+        "distributed_better_than_random": int(found["distributed_better_than_random"].value),
+        "k": int(found["k_smallest"].value),
+        "speedup": found["speedup_smallest"].value,
+        "ppl_ratio_distributed": found["ppl_ratio_recommended"].value,
+        "ppl_ratio_chosen": found["ppl_ratio_chosen"].value,
+        "ppl_ratio_recovered": found["ppl_ratio_recovered_smallest"].value,
+        "cosine_recovered": found["cosine_recovered_smallest"].value,
+        "cosine_constant": found["cosine_constant"].value,
     }
 
 
-def main() -> int:
-    """Command line; 0 on success, 1 with one line on standard error otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", type=Path, help="written as .csv and .md")
-    parser.add_argument("tables", type=Path, nargs="+", help="folders of tables of whole runs")
-    use = parser.parse_args()
-    try:
-        frame = pd.DataFrame([row(tables) for tables in use.tables])
-        with replacing(use.table.with_suffix(".csv")) as part:
-            frame.to_csv(part, index=False)
-        short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
-        text = short.set_index("model").T.to_markdown(disable_numparse=True)
-        with replacing(use.table.with_suffix(".md")) as part:
-            part.write_text(text + "\n", encoding="utf-8")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(text)
-    return 0
+def write(table: Path, folders: Sequence[Path]) -> str:
+    """Write t9_models as ``table`` .csv and .md, a row for each folder of tables; returns the latter.
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises:
+        InputError: of :func:`row`.
+    """
+    frame = pd.DataFrame([row(folder) for folder in folders])
+    short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
+    text = short.set_index("model").T.to_markdown(disable_numparse=True)
+    for form, content in ((".csv", frame.to_csv(index=False)), (".md", text + "\n")):
+        with replacing(table.with_suffix(form)) as part:
+            part.write_text(content, encoding="utf-8")
+    return text

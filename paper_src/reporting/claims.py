@@ -1,344 +1,190 @@
-"""The earlier report's claims against our tables, and the summary that is rendered from both.
+"""The earlier report's claims, decided by findings: ``claims.yaml`` holds their words and rules, this module judges.
 
-A claim is a sentence whose numbers are table cells and a condition on those cells. ``expected`` is the
-verdict the paper commits to: ``./reproduce.sh check`` fails when the tables no longer give it.
+A rule is a few comparisons of findings joined by ``and``. A comparison decides only where the intervals decide: where
+they straddle the threshold the verdict is ``undetermined``.
 """
 
+import ast
 import math
-import re
+import operator
 import string
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import yaml
 
-from paper_src.reporting import facts, reported
-from paper_src.reporting.claims_zh import WORDS, Words
-from paper_src.reporting.facts import Read, Values
+from paper_src import InputError
+from paper_src.reporting import reported
+from paper_src.reporting.findings import NAN, Finding, Read, load
+
+SOURCE = Path(__file__).with_name("claims.yaml")
+LANGUAGES = ("en", "zh")
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+UNDETERMINED, NOT_TESTABLE = "undetermined", "not testable"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, UNDETERMINED, NOT_TESTABLE)
+COMPARE = {ast.Lt: (operator.lt, "<"), ast.LtE: (operator.le, "≤"), ast.Gt: (operator.gt, ">"),
+           ast.GtE: (operator.ge, "≥")}  # fmt: skip
+Words = dict[str, str]  # of both languages
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim.
+    """One claim of ``claims.yaml``; sentences have fields like ``{cosine_best:~.2f}`` and ``{threshold}``.
 
     Attributes:
         name: stable identifier.
-        reported: what the earlier report says.
-        values: from the tables to the numbers of ``ours``; None where an optional section was not run.
-        ours: our finding; its fields are filled from ``values``.
-        holds: whether the earlier claim holds on our numbers.
-        rule: ``holds`` in words.
-        expected: the verdict committed to: True, False, or None where it may go either way with the machine.
-        source: table and notebook of the numbers.
-        each: what ``{each}`` in ``ours`` stands for: filled from each row of ``values["each"]``, joined.
+        group: table of the summary in which it stands.
+        expected: the verdict that the paper commits to; ``./reproduce.sh check`` fails when the tables give another.
+        reported: what the report says, or asked.
+        finding: what we find.
+        rule: ``test`` in words.
+        test: when the verdict is ``reproduced``: names of findings (``.share``: of their n), ``threshold``, 0 or 1.
+        threshold: its number, or the name of a constant of ``reported.py``.
+        needs: a test without which nothing is decided.
+        decides: what would decide it, where it is undetermined or not testable.
+        folder: ``long/`` where the findings are of the run with larger budgets.
     """
 
     name: str
-    reported: str
-    values: Callable[[Read], Values | None]
-    ours: str
-    holds: Callable[[dict[str, float]], bool]
-    rule: str
-    expected: bool | None
-    source: str
-    each: str = ""
+    group: str
+    expected: str
+    reported: Words
+    finding: Words
+    rule: Words
+    test: str = ""
+    threshold: float | str = NAN
+    needs: str = ""
+    decides: Words = field(default_factory=lambda: dict.fromkeys(LANGUAGES, ""))
+    folder: str = ""
 
-    def told(self, values: dict[str, object], words: Words | None = None) -> str:
-        """``ours`` with its numbers, in the language of ``words``."""
-        ours, each = (words.ours, words.each) if words else (self.ours, self.each)
-        prose = _Prose()
-        parts = "; ".join(prose.format(each, **row) for row in values.get("each", []))
-        return prose.format(ours, **values | {"each": parts})
+    def constants(self) -> dict[str, object]:
+        """The values of sentences and rules that are no findings: those of ``reported.py``, and ``threshold``."""
+        values = {name: value for name, value in vars(reported).items() if name.isupper()}
+        return values | {"threshold": values.get(self.threshold, self.threshold)}
+
+    def fields(self, language: str = "en") -> set[str]:
+        """The format fields of its sentences with their formats, for example ``cosine_best:~.2f``."""
+        sentences = (self.reported[language], self.finding[language], self.rule[language], self.decides[language])
+        parts = [part for sentence in sentences for part in string.Formatter().parse(sentence)]
+        return {f"{name}:{spec}" for _, name, spec, _ in parts if name}
+
+    def uses(self) -> set[str]:
+        """Names of the findings in its sentences and rules."""
+        told = {part.split(":")[0].split(".")[0].split("[")[0] for part in self.fields()}
+        nodes = [node for rule in (self.test, self.needs) if rule for node in ast.walk(ast.parse(rule, mode="eval"))]
+        asked = {node.id for node in nodes if isinstance(node, ast.Name)}
+        return (told | asked) - set(self.constants())
 
 
-class _Prose(string.Formatter):
-    """Numbers in sentences: ``{x:times}`` is 46,023 or 1.25, and what was not measured is a dash."""
-
-    def format_field(self, value: object, format_spec: str) -> str:
-        if isinstance(value, float) and math.isnan(value):
-            return "-"
-        if format_spec == "times":
-            return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        return super().format_field(value, format_spec)
+def read_claims(path: Path = SOURCE) -> list[Claim]:
+    """The claims in the order of the file."""
+    return [Claim(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
-def table(read: Read, claims: tuple[Claim, ...] | None = None, language: str = "") -> pd.DataFrame:
-    """t9_claims: name, what was reported, what we find, whether the claim holds, and the source."""
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison: True, False, or None where the intervals do not decide; and both sides in words."""
+
+    holds: bool | None
+    words: str
+
+
+def decide(test: str, known: Mapping[str, Finding | float]) -> tuple[bool | None, str]:
+    """Whether ``test`` holds on findings, and the comparisons that say so with their numbers and intervals.
+
+    False if any comparison is false, otherwise None if any is undecided.
+
+    Raises:
+        InputError: the test is no conjunction of comparisons of known findings.
+    """
+    tree = ast.parse(test, mode="eval").body
+    parts = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
+    found = [_comparison(part, known, test) for part in parts]
+    holds = [part.holds for part in found]
+    verdict = False if False in holds else None if None in holds else True
+    return verdict, "; ".join(part.words for part in found if part.holds is verdict)
+
+
+def _comparison(node: ast.AST, known: Mapping[str, Finding | float], test: str) -> Comparison:
+    """One comparison of two sides: the ends of the intervals that are nearest to each other decide."""
+    if not (isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARE):
+        raise InputError(f"rule {test!r}: write comparisons of two findings (<, <=, >, >=), joined by 'and'")
+    compare, sign = COMPARE[type(node.ops[0])]
+    left, right = (_side(side, known, test) for side in (node.left, node.comparators[0]))
+    best, worst = (1, 0) if sign in ">≥" else (0, 1)  # the end of the left side that favours the claim
+    ends = [_ends(side) for side in (left, right)]
+    if any(math.isnan(value) for pair in ends for value in pair):
+        return Comparison(None, f"{_told(left)} ({sign} {_told(right, named=False)})")
+    surely, perhaps = compare(ends[0][worst], ends[1][best]), compare(ends[0][best], ends[1][worst])
+    holds = True if surely else None if perhaps else False
+    return Comparison(holds, f"{_told(left)} ({sign} {_told(right, named=isinstance(right, Finding))})")
+
+
+def _side(node: ast.AST, known: Mapping[str, Finding | float], test: str) -> Finding | float:
+    """A finding, the share of a count, the threshold, or a number."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return float(node.value)
+    share = isinstance(node, ast.Attribute) and node.attr == "share"
+    name = node.value if share else node
+    if isinstance(name, ast.Name) and name.id in known:
+        return known[name.id].share if share else known[name.id]
+    raise InputError(f"rule {test!r}: {ast.unparse(node)} is neither a finding nor the threshold")
+
+
+def _ends(side: Finding | float) -> tuple[float, float]:
+    """Both ends of the interval, or the value twice where it has none."""
+    if not isinstance(side, Finding):
+        return side, side
+    return (side.value, side.value) if math.isnan(side.lo) else (side.lo, side.hi)
+
+
+def _told(side: Finding | float, named: bool = True) -> str:
+    """One side of a comparison with its number and interval."""
+    if not isinstance(side, Finding):
+        return f"{side:g}"
+    number = side.text if side.unit == "share" else f"{side:~}"
+    return f"`{side.name}` {number}" if named else number
+
+
+def judge(claim: Claim, known: Mapping[str, Finding]) -> tuple[str, str]:
+    """The verdict and what decides it."""
+    if not claim.test:
+        return NOT_TESTABLE, ""
+    if missing := sorted(claim.uses() - set(known)):
+        return NOT_TESTABLE, f"`{missing[0]}` -"
+    values = {**known, **claim.constants()}
+    if claim.needs:
+        enough, words = decide(claim.needs, values)
+        if not enough:
+            return UNDETERMINED, words
+    holds, words = decide(claim.test, values)
+    return {True: REPRODUCED, False: NOT_REPRODUCED, None: UNDETERMINED}[holds], words
+
+
+def t9_claims(read: Read) -> pd.DataFrame:
+    """t9_claims: each claim in both languages, our finding, the verdict, and the number that decides it."""
+    known = {folder: load(read, folder) for folder in ("", "long/")}
     rows = []
-    for claim in claims or CLAIMS:
-        words = WORDS[claim.name] if language else None
-        values = claim.values(read)
-        if values is None:  # a section that was not run
-            continue
-        rows.append({
-            "name": claim.name,
-            "reported": words.reported if words else claim.reported,
-            "ours": claim.told(values, words),
-            "holds": bool(claim.holds(values)),
-            "rule": words.rule if words else claim.rule,
-            "expected": claim.expected,
-            "source": claim.source,
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+    for claim in read_claims():
+        findings = known[claim.folder]
+        verdict, decided_by = judge(claim, findings)
+        values = {**{name: Finding(name, NAN, NAN, NAN, "", NAN, "", "") for name in claim.uses()}, **findings,
+                  **claim.constants()}  # fmt: skip
+        used = [findings[name].source for name in sorted(claim.uses() & set(findings))]
+        sources = dict.fromkeys(claim.folder + table for source in used for table in source.split(", "))
+        row = {"name": claim.name, "group": claim.group, "verdict": verdict, "expected": claim.expected,
+               "decided_by": decided_by, "test": claim.test, "source": ", ".join(sources)}  # fmt: skip
+        for language, suffix in zip(LANGUAGES, ("", "_zh"), strict=True):
+            for name in ("reported", "finding", "rule", "decides"):
+                row[f"{name}{suffix}"] = getattr(claim, name)[language].format(**values)
+        rows.append(row)
+    wanted = ["name", "group", "reported", "finding", "verdict", "decided_by", "rule", "decides", "expected", "source",
+              "test", *(f"{name}_zh" for name in ("reported", "finding", "rule", "decides"))]  # fmt: skip
+    return pd.DataFrame(rows)[wanted]
 
 
-def broken(read: Read) -> list[str]:
-    """Names of the claims whose verdict is not the expected one; empty when the paper stands."""
-    frame = table(read)
-    wrong = frame[frame["expected"].notna() & (frame["holds"] != frame["expected"])]
-    return wrong["name"].tolist()
-
-
-def summary(read: Read, claims: pd.DataFrame, language: str = "") -> str:
-    """The text of SUMMARY.md, or of SUMMARY.zh-CN.md for the language ``zh-CN``, with the claims of :func:`table`."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False, loader=loader
-    )
-    template = environment.get_template(f"summary.{language}.md.j2" if language else "summary.md.j2")
-    return template.render(claims=claims.to_dict("records"), fidelity=facts.main_rows(read), **facts.all_facts(read))
-
-
-RECOMMENDS = Claim(
-    name="recommendation",
-    reported="Left open: is quality kept on real recommendation data (MovieLens, Amazon)?",
-    values=facts.still_recommends,
-    ours="Trained on a sample of users, ranked over the whole catalogue, the smallest model keeps: {each}.",
-    each="{dataset}: NDCG@10 {ndcg10:.4f}, {share_of_full:.0%} [{share_lo:.0%}, {share_hi:.0%}] of the full "
-    "model's, at {speedup:.2f} times its speed (without any layer {bare:.4f}, the ratio "
-    "[{over_no_layers_lo:.2f}, {over_no_layers_hi:.2f}]; most popular {popular:.4f}; SASRec on the same users "
-    "{same:.4f}; on all users SASRec {everyone:.4f}, no layers {bare_everyone:.4f})",
-    holds=lambda v: v["lowest"] >= 0.95 and v["lead"] > 0 and v["gain"] > 1,
-    rule="on every data set the interval's lower end at 95% of the full model's NDCG@10, more than the most "
-    "popular items have, and more than the same training without any layer: else the layers have no say",
-    expected=None,
-    source="t6_movielens, t6_amazon (06_recommendation)",
-)
-
-PRUNED = Claim(
-    name="against-pruning",
-    reported="Left open: is cutting layers better than pruning to the same size?",
-    values=facts.pruned,
-    ours="At the size of k = {k}, after the same short distillation (at most {seconds:.0f} s; cut layers are first "
-    "refitted, the others start as they are): layers cut {cut:.2f} [{cut_lo:.2f}, {cut_hi:.2f}] times the full model's "
-    "perplexity at {cut_x:.2f} times its speed, narrower layers {width:.2f} [{width_lo:.2f}, {width_hi:.2f}] at "
-    "{width_x:.2f}, low rank {thin:.2f} [{thin_lo:.2f}, {thin_hi:.2f}] at {thin_x:.2f} (lowest after it: {best}, "
-    "{best_ppl:.2f}). Half of the weights set to zero (Wanda, untrained) make no smaller model: {zeros:.2f} at "
-    "{zeros_x:.2f}.",
-    holds=lambda v: v["cut"] <= v["best_ppl"] and v["cut_hi"] < v["least_other"] and v["cut_x"] >= 3,
-    rule="at 3 times the speed, the lowest perplexity of all at this size, its interval below that of every method "
-    "that cuts no layers",
-    expected=None,
-    source="t7_baselines (07_baselines)",
-)
-
-QUANTIZED = Claim(
-    name="against-quantization",
-    reported="Left open: is cutting layers better than quantization?",
-    values=facts.quantized,
-    ours="Untrained int8 weights: {int8:.3f} times the full model's perplexity [{int8_lo:.3f}, {int8_hi:.3f}] at "
-    "{int8_x:.2f} times its speed and {int8_share:.0%} of the float32 bytes; k = {k}, repaired (section 5): {cut:.2f} "
-    "[{cut_lo:.2f}, {cut_hi:.2f}] at {cut_x:.2f} and {cut_share:.0%}; that one in int8: {both:.2f} at {both_x:.2f} and "
-    "{both_share:.0%}.",
-    holds=lambda v: v["cut_lo"] <= v["int8_hi"],
-    rule="the smallest model's perplexity reaches that of int8 weights, by their intervals",
-    expected=None,
-    source="t7_baselines (07_baselines)",
-)
-
-
-def with_larger_budget(claim: Claim, name: str, asked: str) -> Claim:
-    """``claim``, asked of the run with larger budgets: the same rule on the tables of ``long/``."""
-    source = re.sub(r"\bt(?=\d_)", "long/t", claim.source)
-    return replace(claim, name=name, reported=asked, values=facts.with_larger_budgets(claim.values), source=source)
-
-
-CLAIMS = (
-    Claim(
-        name="first-and-last",
-        reported="The most important layers are the first 9 and the last 1 (10 of 32).",
-        values=facts.pattern,
-        ours="Carried over to {depth} layers, that pattern has {overlap} of the {of} best by our combined score and "
-        "{fisher} of {of} by Fisher information (halves of the text agree with tau {tau:.2f}), {chance:.1f} by chance; "
-        "by the combined score the first layer ranks {first_rank}, the last {last_rank} of {depth}.",
-        holds=lambda v: min(v["overlap"], v["fisher"]) >= 0.8 * v["of"],
-        rule="80% of the pattern by both scores",
-        expected=None,
-        source="t1_importance (01_importance)",
-    ),
-    Claim(
-        name="recommended-layers",
-        reported="Distributed selection recommends layers " + ", ".join(map(str, reported.RECOMMENDED)) + " of 32.",
-        values=facts.recommended,
-        ours="Carried over by relative depth, {fisher} of the {of} layers chosen by Fisher information are among "
-        "these, and {combined} of those chosen by our combined score ({chance:.1f} by chance).",
-        holds=lambda v: min(v["combined"], v["fisher"]) >= 0.75 * v["of"],
-        rule="75% of the layers by both scores",
-        expected=None,
-        source="t2_selection (02_selection)",
-    ),
-    Claim(
-        name="speed-of-recommended",
-        reported=f"Keeping 8 of 32 layers (layer compression {reported.LAYER_COMPRESSION:.2f}) is "
-        f"{reported.SPEEDUP:.2f} times as fast.",
-        values=facts.largest_speedup,
-        ours="k = {k}: {speedup:.2f} times [{speedup_lo:.2f}, {speedup_hi:.2f}] for prefill of hidden states, "
-        "{share_of_ideal:.0%} of the ideal {ideal:.2f}.",
-        holds=lambda v: v["speedup_hi"] >= reported.SPEEDUP,
-        rule="the interval reaches the reported speedup",
-        expected=True,
-        source="t3_speed (03_compaction)",
-    ),
-    Claim(
-        name="speed-range",
-        reported=f"Over all configurations the speedup is {reported.SPEEDUP_RANGE[0]}-{reported.SPEEDUP_RANGE[1]} "
-        f"at a layer compression of {reported.COMPRESSION_RANGE[0]}-{reported.COMPRESSION_RANGE[1]}.",
-        values=facts.speed_range,
-        ours="k = {k} (layers divided by {compression}): {hidden_low:.2f}-{hidden_high:.2f} for prefill of hidden "
-        "states, {head_low:.2f}-{head_high:.2f} where the uncut head has a part (prefill with logits, decode).",
-        holds=lambda v: min(v["hidden_low"], v["head_low"]) >= reported.SPEEDUP_RANGE[0],
-        rule="at these compressions nothing is slower than the reported range",
-        expected=None,
-        source="t3_speed (03_compaction)",
-    ),
-    Claim(
-        name="parameters",
-        reported=f"Keeping 8 of 32 layers divides the parameters by {reported.PARAMETER_COMPRESSION:.2f}.",
-        values=facts.smallest_size,
-        ours="k = {k}: parameters divided by {parameter_compression:.2f}, layers by {layer_compression:.2f}; "
-        "embedding and head are not cut.",
-        holds=lambda v: v["parameter_compression"] >= reported.PARAMETER_COMPRESSION,
-        rule="at least the reported factor",
-        expected=True,
-        source="t3_size (03_compaction)",
-    ),
-    Claim(
-        name="cosine-means-something",
-        reported=f"The compact models reach cosine {reported.COSINE_RANGE[0]}-{reported.COSINE_RANGE[1]} to the full "
-        "model, read as partly kept semantics.",
-        values=facts.cosines,
-        ours="k = {k}: {own:.2f} for the recommended kind ({low:.2f}-{high:.2f} over gradient scores), but a constant "
-        "vector reaches {trivial:.2f}; centred cosine {own_centred:.2f}, perplexity {own_ppl:times} times the full "
-        "model's (constant: {trivial_ppl:times} times).",
-        holds=lambda v: v["own"] > v["trivial"],
-        rule="above the constant's cosine",
-        expected=False,
-        source="t4_fidelity (04_fidelity)",
-    ),
-    Claim(
-        name="cosine-target",
-        reported=f"A cosine above {reported.COSINE_TARGET} is the target.",
-        values=facts.cosines,
-        ours="k = {k}, no training: the best of all selections reaches {best:.2f} (centred {best_centred:.2f}, "
-        "perplexity {best_ppl:times} times the full model's).",
-        holds=lambda v: v["best"] > reported.COSINE_TARGET,
-        rule="any selection above the target",
-        expected=False,
-        source="t4_fidelity (04_fidelity)",
-    ),
-    Claim(
-        name="gradient-scores-select",
-        reported="Layers with high Fisher information and gradient norm are the ones to keep.",
-        values=facts.against_random,
-        ours="By gradient scores and the combined one, {top_k_better} of {top_k} different Top-K selections have a "
-        "lower perplexity than random selections at p <= 0.05, and {top_k_worse} do worse than most random draws; "
-        "spread over the depth, {distributed_better} of {distributed} are better and {distributed_worse} worse.",
-        holds=lambda v: v["top_k_better"] > v["top_k"] / 2,
-        rule="more than half of the Top-K selections better than random at p <= 0.05",
-        expected=False,
-        source="t4_fidelity, t4_random (04_fidelity)",
-    ),
-    Claim(
-        name="distributed-beats-top-k",
-        reported="Spreading the kept layers over the depth is better than Top-K.",
-        values=facts.distributed,
-        ours="By gradient scores and the combined one, distributed has the lower perplexity in {wins} of {of} "
-        "different pairs (score and k), by activation statistics in {activation_wins} of {activation_of}.",
-        holds=lambda v: (
-            v["wins"] >= 0.75 * max(v["of"], 1) and v["activation_wins"] >= 0.75 * max(v["activation_of"], 1)
-        ),
-        rule="lower perplexity in 75% of the pairs of both kinds of scores",
-        expected=False,
-        source="t4_fidelity (04_fidelity)",
-    ),
-    Claim(
-        name="fisher-says-what-layers-are-worth",
-        reported="Fisher information and gradient norm say which layers matter; SHAP was skipped.",
-        values=facts.worth,
-        ours="Kendall's tau of Fisher with the loss without each layer is {loo:.2f} [{loo_lo:.2f}, {loo_hi:.2f}], with "
-        "Shapley values {shapley:.2f} [{shapley_lo:.2f}, {shapley_hi:.2f}]; nearest to leave-one-out is {best} "
-        "({best_tau:.2f}, with Shapley {best_shapley:.2f}).",
-        holds=lambda v: min(v["loo_lo"], v["shapley_lo"]) > 0.5,
-        rule="both intervals above 0.5",
-        expected=None,
-        source="t1_agreement (01_importance)",
-    ),
-    Claim(
-        name="first-and-last-are-worth-most",
-        reported="The most important layers are the first 9 and the last 1, by scores without SHAP.",
-        values=facts.causal_pattern,
-        ours="Asked of the model itself: that pattern has {leave_one_out} of the {of} layers whose removal costs "
-        "most and {shapley} of the {of} of highest Shapley value (standard error at most {relative_error:.1%} of the "
-        "largest, {coalitions:,} coalitions).",
-        holds=lambda v: min(v["leave_one_out"], v["shapley"]) >= 0.8 * v["of"],
-        rule="80% of the pattern by both",
-        expected=None,
-        source="t1_importance, t1_causal (01_importance)",
-    ),
-    Claim(
-        name="recommended-is-best",
-        reported="The distributed selection is the one to recommend.",
-        values=facts.recommended_or_chosen,
-        ours="k = {k}, test text: {own:times} times the full model's perplexity, cosine {own_cosine:.2f}; layers "
-        "{chosen_kept}, chosen on validation text ({name}), {chosen:times} times, cosine {chosen_cosine:.2f}.",
-        holds=lambda v: v["own"] <= v["chosen"],
-        rule="perplexity no higher than that of what validation text chooses",
-        expected=False,
-        source="t4_fidelity (04_fidelity), t2_strategies (02_selection)",
-    ),
-    Claim(
-        name="cosine-after-recovery",
-        reported=f"Left open: does fine-tuning the kept layers bring a cosine above {reported.COSINE_TARGET}?",
-        values=facts.repaired,
-        ours="k = {k}, closed form on {refit:,} tokens, distillation on {distil:,}, passes counted: cosine "
-        "{cosine:.2f} (centred {centred:.2f}, constant {trivial:.2f}), the same likeliest next token in "
-        "{agreement:.0%}, perplexity {ppl:.2f} times the full model's ({cut:times} before), {mean:.2f} times over "
-        "all kinds of text; k = {large_k}: cosine {large_cosine:.2f}, {large_ppl:.2f} times.",
-        holds=lambda v: v["cosine"] >= reported.COSINE_TARGET,
-        rule="the smallest model reaches the target on test text",
-        expected=None,
-        source="t5_recovery (05_recovery)",
-    ),
-    Claim(
-        name="cosine-after-longer-recovery",
-        reported=f"Left open: does fine-tuning bring a cosine above {reported.COSINE_TARGET}? With a larger budget.",
-        values=facts.with_larger_budgets(facts.repaired),
-        ours="k = {k}, closed form on {refit:,} tokens, distillation on {distil:,}, passes counted: cosine "
-        "{cosine:.2f} (centred {centred:.2f}), the same likeliest next token in {agreement:.0%}, "
-        "perplexity {ppl:.2f} times the full model's, {mean:.2f} times over all kinds of text.",
-        holds=lambda v: v["cosine"] >= reported.COSINE_TARGET,
-        rule="the smallest model reaches the target on test text",
-        expected=None,
-        source="long/t5_recovery (05_recovery)",
-    ),
-    PRUNED,
-    with_larger_budget(
-        PRUNED,
-        "against-pruning-with-more-training",
-        "Left open: is cutting layers better than pruning to the same size? With a larger budget.",
-    ),
-    QUANTIZED,
-    with_larger_budget(
-        QUANTIZED,
-        "against-quantization-with-more-training",
-        "Left open: is cutting layers better than quantization? With a larger budget.",
-    ),
-    RECOMMENDS,
-    with_larger_budget(
-        RECOMMENDS,
-        "recommendation-with-more-users",
-        "Left open: is quality kept on real recommendation data? With more users.",
-    ),
-)
+def flipped(table: pd.DataFrame) -> list[str]:
+    """Names of the claims of t9_claims whose verdict is not the expected one; empty when the paper stands."""
+    return table.loc[table["verdict"] != table["expected"], "name"].tolist()

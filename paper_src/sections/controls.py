@@ -25,6 +25,7 @@ from paper_src.baselines.earlier_practice import (
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.compaction import compact
 from paper_src.models import decoder_layers
+from paper_src.reporting.findings import Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import score_layers, title
 from paper_src.selection import KeptLayers, kept_text, top_k
@@ -282,3 +283,28 @@ def _texts(axis: Axes, text: pd.DataFrame) -> None:
     axis.set_ylim(0, 1.08)
     axis.margins(x=0.18)
     axis.legend(loc="lower left")
+
+
+def t8_findings(read: Read) -> pd.DataFrame:
+    """t8_findings: how far off each practice of the earlier report is."""
+    found, controls = Findings(), read("t8_controls")["how_wrong"]
+    names = ("made_up_scores", "fixed_list", "masked", "network_request", "same_text")
+    for name, wrong, what in zip(names, controls, read("t8_controls")["measure"], strict=True):
+        found.add("t8_controls", f"{name}_wrong_by", wrong, unit=what)
+    scores, drawn = read("t8_scores"), read("t8_random")
+    found.add("t8_random", "made_up_draws", len(drawn), unit="draws")
+    found.add("t8_scores", "real_no_better_than_made_up", (scores["p_ppl"] > 1 / 20).sum(), n=len(scores),
+              unit="scores, p > 0.05")  # fmt: skip
+    moved = read("t8_permuted").set_index(["model", "chosen_by"])["ppl_ratio"]
+    for order in ("first", "second"):
+        found.add("t8_permuted", f"fixed_list_{order}_model", moved[order, "fixed_list"], unit="perplexity / full")
+    for row in read("t8_speed").itertuples():
+        found.add("t8_speed", f"timed_{row.timed}", row.speedup, row.speedup_lo, row.speedup_hi, unit="times",
+                  n=row.rounds)  # fmt: skip
+    text = read("t8_text").set_index("model")
+    nearest = text.drop(index="full")["kl_nats"].idxmin()
+    for role, model in (("same_text", "sharpened"), ("nearest", nearest), ("other_prompt", "another prompt")):
+        found.add("t8_text", f"text_similarity_{role}", text.loc[model, "text_similarity"], unit="similarity")
+        if role != "other_prompt":
+            found.add("t8_text", f"kl_{role}", text.loc[model, "kl_nats"], unit="nats/token")
+    return found.frame()

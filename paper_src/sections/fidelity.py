@@ -224,7 +224,7 @@ def _against_random(found: Findings, table: pd.DataFrame) -> None:
     worse = 1 + 1 / (1 + draws) - rows["p_ppl"]  # the same test from the other side: (1 + worse) / (1 + draws)
     for strategy, part in rows.groupby("strategy"):
         for side, p in (("better", part["p_ppl"]), ("worse", worse[part.index])):
-            found.add("t4_fidelity", f"{strategy}_{side}_than_random", (p <= 1 / 20).sum(), n=len(part),
+            found.add("t4_fidelity", f"{strategy}_{side}_than_random", (p.round(9) <= 1 / 20).sum(), n=len(part),
                       unit="selections, p <= 0.05")  # fmt: skip
 
 

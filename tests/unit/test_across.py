@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import hypergeom
 
+from paper_src import InputError
 from paper_src.reporting import across
 
 ROOT = Path(__file__).parents[2]
@@ -18,12 +19,8 @@ def tables(tmp_path):
 
 
 def test_overlap_with_the_reported_pattern_and_its_chance(tables):
-    path = tables / "t1_importance.csv"
-    table = pd.read_csv(path)
-    table["fisher"] = -table["layer"].astype(float)  # the first layers are best: of 9 and 1 in the pattern
-    table.to_csv(path, index=False)
     row = across.row(tables)
-    assert (row["layers"], row["pattern_layers"], row["in_pattern_fisher"]) == (30, 9, 8)  # all but the last layer
+    assert (row["layers"], row["pattern_layers"], row["in_pattern_fisher"]) == (30, 9, 8)
     assert row["by_chance"] == pytest.approx(2.7)
     assert row["p_fisher"] == pytest.approx(hypergeom.pmf(8, 30, 9, 9) + hypergeom.pmf(9, 30, 9, 9))
 
@@ -33,13 +30,12 @@ def test_the_committed_table_is_that_of_the_committed_runs():
     pd.testing.assert_frame_equal(pd.read_csv(ROOT / "tables" / "t9_models.csv"), made, check_dtype=False)
 
 
-def test_one_row_a_run_and_a_run_that_is_not_whole(tables, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["across", str(tmp_path / "t"), str(tables), str(tables)])
-    assert across.main() == 0
+def test_one_row_a_run_and_a_run_that_is_not_whole(tables, tmp_path):
+    across.write(tmp_path / "t", [tables, tables])
     assert len(pd.read_csv(tmp_path / "t.csv")) == 2
     assert "tau_fisher_leave_one_out" in (tmp_path / "t.md").read_text()
-    for name in ("01_importance.json", "t5_recovery.csv"):
+    for name in ("01_importance.json", "t5_findings.csv"):
         (tables / name).unlink()
-        assert across.main() == 1
-        assert f"{name} is missing" in capsys.readouterr().err
+        with pytest.raises(InputError, match=f"{name} is missing"):
+            across.write(tmp_path / "t", [tables])
         shutil.copy(ROOT / "tables" / name, tables)

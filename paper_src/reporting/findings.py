@@ -1,0 +1,117 @@
+"""Findings: the numbers that a section states, each with interval, unit, n and the table that it is read off.
+
+A section's ``tN_findings`` collects them, claims and summary print nothing else.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from paper_src import InputError
+
+Read = Callable[[str], pd.DataFrame]
+COLUMNS = ("name", "value", "lo", "hi", "unit", "n", "source", "text")
+SECTIONS = range(1, 9)
+NAN = math.nan
+
+
+class Findings:
+    """Collects the rows of one ``tN_findings``."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, object]] = []
+
+    def add(self, source: str, name: str, value: float = NAN, lo: float = NAN, hi: float = NAN, *, unit: str = "",
+            n: float | None = None, text: str = "") -> None:  # fmt: skip
+        """Add one finding.
+
+        Args:
+            source: the table that it is read off.
+            name: stable: a role (``smallest``, ``chosen``), never a number that another model changes.
+            value: the number; of a count ``n`` is what it is counted of.
+            lo: lower end of its 95% interval, or of the range that the unit names.
+            hi: upper end.
+            unit: for example ``nats/token``.
+            n: how many blocks, users, rounds or things the number rests on.
+            text: words where the finding is a name or a list.
+        """
+        values = (name, float(value), float(lo), float(hi), unit, n, source, text)
+        self._rows.append(dict(zip(COLUMNS, values, strict=True)))
+
+    def frame(self) -> pd.DataFrame:
+        """The findings in the order in which they were added.
+
+        Raises:
+            InputError: two of one name.
+        """
+        frame = pd.DataFrame(self._rows, columns=COLUMNS).astype({"n": "Int64"})
+        if frame["name"].duplicated().any():
+            raise InputError(f"two findings are called {frame.loc[frame['name'].duplicated(), 'name'].iloc[0]!r}")
+        return frame
+
+
+def ends(row: Mapping[str, float], column: str) -> tuple[float, float, float]:
+    """The value of a column of a table's row and the ends of its interval."""
+    return row[column], row.get(f"{column}_lo", NAN), row.get(f"{column}_hi", NAN)
+
+
+def spread(values: pd.Series) -> tuple[float, float, float]:
+    """Median, smallest and largest: a range, not an interval; its unit must say of what."""
+    return values.median(), values.min(), values.max()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A finding as it is read back; ``{x:.2f}`` prints the value, ``{x:~.2f}`` with its interval, ``{x:of}`` 8/9."""
+
+    name: str
+    value: float
+    lo: float
+    hi: float
+    unit: str
+    n: float
+    source: str
+    text: str
+
+    @property
+    def share(self) -> "Finding":
+        """A count as a share of its ``n``; its text is the count."""
+        value = self.value / self.n if self.n else NAN
+        return Finding(self.name, value, NAN, NAN, "share", self.n, self.source, f"{self:of}")
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+    def __format__(self, spec: str) -> str:
+        if spec == "of":
+            return f"{self.value:.0f}/{self.n:.0f}"
+        if not spec:
+            return self.text or (f"{self.value:,.0f}" if self.value.is_integer() else number(self.value))
+        if not spec.startswith("~"):
+            return number(self.value, spec)
+        inner = f" [{number(self.lo, spec[1:])}, {number(self.hi, spec[1:])}]" if self.lo == self.lo else ""
+        return number(self.value, spec[1:]) + inner
+
+
+def number(value: float, spec: str = "times") -> str:
+    """``value`` as prose writes it: a dash if it was not measured; ``times``: 46,023 or 81.3 or 1.23."""
+    if math.isnan(value):
+        return "-"
+    if spec in ("", "times"):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{round(value):{spec}}" if spec in ("d", ",") else f"{value:{spec}}"
+
+
+def load(read: Read, folder: str = "") -> dict[str, Finding]:
+    """name -> finding of every section that was run, with ``folder`` (``long/``) before the tables' names."""
+    found = {}
+    for section in SECTIONS:
+        try:
+            frame = read(f"{folder}t{section}_findings")
+        except (InputError, FileNotFoundError):  # a section that was not run
+            continue
+        frame = frame.assign(text=frame["text"].fillna(""), unit=frame["unit"].fillna(""))
+        found |= {row["name"]: Finding(**row) for row in frame[list(COLUMNS)].to_dict("records")}
+    return found

@@ -1,0 +1,130 @@
+"""SUMMARY.md in two languages: prose from findings, verdicts from t9_claims, and a few rows of the tables."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from paper_src import InputError
+from paper_src.reporting import reported
+from paper_src.reporting.claims import VERDICTS
+from paper_src.reporting.findings import NAN, Finding, Read, load, number
+
+TEMPLATES = {"en": "summary.md.j2", "zh-CN": "summary.zh-CN.md.j2"}
+FILES = {"en": "SUMMARY.md", "zh-CN": "SUMMARY.zh-CN.md"}
+MOST_ROWS = 12  # of a table of the summary; all rows are in its CSV
+
+
+class Known(dict):
+    """Findings by name; one that this run lacks prints as a dash."""
+
+    def __missing__(self, name: str) -> Finding:
+        return Finding(name, NAN, NAN, NAN, "", NAN, "", "")
+
+
+def summary(read: Read, claims: pd.DataFrame, language: str = "en") -> str:
+    """The whole text of SUMMARY.md, or of SUMMARY.zh-CN.md.
+
+    Args:
+        read: name of a table -> the table.
+        claims: t9_claims.
+        language: ``en`` or ``zh-CN``.
+    """
+    return _template(language).render(**values(read, claims, language))
+
+
+def parts(read: Read, claims: pd.DataFrame, language: str = "en") -> dict[str, str]:
+    """The summary's ``abstract`` and ``advice`` alone, as Markdown: the first screen of the page, the README's head."""
+    template, given = _template(language), values(read, claims, language)
+    context = template.new_context(given)
+    return {name: "".join(template.blocks[name](context)).strip() for name in ("abstract", "advice")}
+
+
+def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]:
+    """What the templates print."""
+    own, larger = load(read), load(read, "long/")
+    suffix = "" if language == "en" else "_zh"
+    rows = [{**row, **{name: row[f"{name}{suffix}"] for name in ("reported", "finding", "rule", "decides")}}
+            for row in claims.fillna("").to_dict("records")]  # fmt: skip
+    counts = {verdict.replace(" ", "_"): sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
+    return {
+        "f": Known(own),
+        "long": Known(larger),
+        "reported": reported,
+        "claims": rows,
+        "counts": counts,
+        "sizes": _if_made(size_rows, read),
+        "fidelity": _if_made(fidelity_rows, read),
+        "recovery": _if_made(recovery_rows, read),
+        "recommenders": recommender_rows(read),
+        "methods": _if_made(method_rows, read),
+        "controls": _if_made(lambda read: read("t8_controls").to_dict("records"), read),
+        "larger_recovery": _if_made(recovery_rows, lambda name: read(f"long/{name}")),
+    }
+
+
+def _template(language: str) -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False,
+                              loader=FileSystemLoader(Path(__file__).parent))  # fmt: skip
+    environment.filters["n"] = lambda value, spec="": format(value, spec)
+    environment.filters["x"] = number
+    environment.filters["ci"] = lambda row, name, spec="times": format(
+        Finding(name, row[name], row.get(f"{name}_lo", NAN), row.get(f"{name}_hi", NAN), "", NAN, "", ""), f"~{spec}"
+    )
+    return environment.get_template(TEMPLATES[language])
+
+
+def _if_made(rows: Callable[[Read], list[dict]], read: Read) -> list[dict]:
+    """The rows; none where their section was not run, or its data are not at hand."""
+    try:
+        return rows(read)[:MOST_ROWS]
+    except (InputError, FileNotFoundError):
+        return []
+
+
+def size_rows(read: Read) -> list[dict]:
+    """A row a k: size, and speed of each task at its largest workload."""
+    speed, size = read("t3_speed"), read("t3_size").set_index("k")
+    size["disk_share"] = size["disk_bytes"] / size["disk_bytes"].max()
+    speed = speed.assign(tokens=speed["batch"] * speed["length"]).sort_values("tokens", kind="stable")
+    largest = speed.groupby(["k", "task"])["speedup"].last().unstack("task").sort_index(ascending=False)
+    return [{"k": k, **size.loc[k].to_dict(), **row.to_dict()} for k, row in largest.iterrows()]
+
+
+def fidelity_rows(read: Read) -> list[dict]:
+    """At each k what validation text chose, the recommended kind, and the mean of random selections."""
+    table = read("t4_fidelity")
+    wanted = [(table["strategy"] == "chosen"), (table["strategy"] == "distributed") & (table["score"] == "combined"),
+              (table["strategy"] == "random")]  # fmt: skip
+    rows = pd.concat([table[each] for each in wanted]).sort_values("k", ascending=False, kind="stable")
+    return rows.to_dict("records")
+
+
+def recovery_rows(read: Read) -> list[dict]:
+    """Every stage of repair at every k, and the recommended kind of selection."""
+    table = read("t5_recovery")
+    table = table[~table["selection"].isin(["full", "trivial"])]
+    return table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
+
+
+def recommender_rows(read: Read) -> list[dict]:
+    """For each data set what needs no language model, the full and the smallest model, and no layers."""
+    wanted = [("item_knn", "none"), ("sasrec", "all users"), ("trained", "full"), ("trained", "compact"),
+              ("trained", "recovered"), ("no_layers", "compact, all users")]  # fmt: skip
+
+    def rows(name: str) -> Callable[[Read], list[dict]]:
+        return lambda read: [row for key in wanted for row in read(name).to_dict("records")
+                             if (row["method"], row["model"]) == key]  # fmt: skip
+
+    return [row for name in ("t6_movielens", "t6_amazon") for row in _if_made(rows(name), read)]
+
+
+def method_rows(read: Read) -> list[dict]:
+    """What has no size, and at the smallest k what was trained: by the same short recovery, or by section 5."""
+    table = read("t7_baselines")
+    table = table[table["ppl_ratio"].notna()]
+    k = table.loc[table["family"].isin(["depth", "width"]), "k"].min()
+    free = table["name"].isin(["int8_weight", "int4_unpacked", "wanda_50"]) & ~table["recovered"]
+    rows = table[free | ((table["k"] == k) & table["trained"])].sort_values(["tokens", "ppl_ratio"], kind="stable")
+    return rows.to_dict("records")

@@ -1,0 +1,135 @@
+"""claims.yaml, its rules, and verdicts that only intervals decide."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from paper_src import InputError
+from paper_src.reporting import claims, summary
+from paper_src.reporting.findings import NAN, Finding, load
+
+ROOT = Path(__file__).parents[2]
+ALL = claims.read_claims()
+PARTS = ("reported", "finding", "rule", "decides")
+
+
+def finding(name, value, lo=NAN, hi=NAN, n=NAN, unit="", text=""):
+    return Finding(name, value, lo, hi, unit, n, "t", text)
+
+
+KNOWN = {
+    "cosine": finding("cosine", 0.8, 0.75, 0.85),
+    "constant": finding("constant", 0.6, 0.5, 0.76),
+    "count": finding("count", 3, n=4),
+    "none": finding("none", NAN),
+    "threshold": 0.8,
+}
+
+
+@pytest.mark.parametrize(
+    ("test", "holds", "words"),
+    [
+        ("cosine > 0.7", True, "`cosine` 0.800 [0.750, 0.850] (> 0.7)"),
+        ("cosine > threshold", None, "`cosine` 0.800 [0.750, 0.850] (> 0.8)"),
+        ("cosine >= 0.9", False, "`cosine` 0.800 [0.750, 0.850] (≥ 0.9)"),
+        ("cosine < 0.9", True, "`cosine` 0.800 [0.750, 0.850] (< 0.9)"),
+        ("cosine > constant", None, "`cosine` 0.800 [0.750, 0.850] (> `constant` 0.600 [0.500, 0.760])"),
+        ("count.share >= 0.75", True, "`count` 3/4 (≥ 0.75)"),
+        ("count.share > 0.75", False, "`count` 3/4 (> 0.75)"),
+        ("cosine > 0.7 and count.share > 0.75", False, "`count` 3/4 (> 0.75)"),  # the one that decides is told
+        ("cosine > threshold and count.share >= 0.75", None, "`cosine` 0.800 [0.750, 0.850] (> 0.8)"),
+        ("none > 0", None, "`none` - (> 0)"),
+    ],
+)
+def test_a_rule_decides_where_the_intervals_do(test, holds, words):
+    assert claims.decide(test, KNOWN) == (holds, words)
+
+
+@pytest.mark.parametrize("test", ["cosine", "cosine > missing", "cosine + 1 > 0", "0 < cosine < 1", "cosine == 1",
+                                  "cosine > 1 or count > 1", "__import__('os') > 1"])  # fmt: skip
+def test_a_rule_is_nothing_but_comparisons(test):
+    with pytest.raises(InputError, match="rule"):
+        claims.decide(test, KNOWN)
+
+
+def test_verdicts_of_one_claim():
+    words = {"en": "", "zh": ""}
+    claim = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > threshold", 0.7)
+    assert claims.judge(claim, KNOWN)[0] == "reproduced"
+    needs = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > threshold", 0.7, "count.share >= 1")
+    assert claims.judge(needs, KNOWN) == ("undetermined", "`count` 3/4 (≥ 1)")
+    assert claims.judge(claim, {}) == ("not testable", "`cosine` -")
+    assert claims.judge(claims.Claim("a", "cost", "not testable", words, words, words), KNOWN) == ("not testable", "")
+
+
+def test_the_threshold_may_be_a_reported_value():
+    words = {"en": "", "zh": ""}
+    claim = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > threshold", "COSINE_TARGET")
+    assert claim.constants()["threshold"] == 0.9
+    assert claims.judge(claim, KNOWN)[0] == "not reproduced"
+
+
+@pytest.mark.parametrize("claim", ALL, ids=lambda claim: claim.name)
+class TestSchema:
+    """What every entry of claims.yaml keeps."""
+
+    def test_both_languages_say_the_same_numbers(self, claim):
+        for part in PARTS:
+            assert set(getattr(claim, part)) == {"en", "zh"}, part
+        assert claim.fields("en") == claim.fields("zh")
+        assert all(claim.reported.values()) and all(claim.finding.values()) and all(claim.rule.values())
+
+    def test_rule_and_sentence_share_the_threshold(self, claim):
+        given = claim.threshold == claim.threshold
+        assert given == ("threshold" in claim.test)
+        assert given == any(field.startswith("threshold") for field in claim.fields())
+        assert set(re.findall(r"(?<![\w.])\d[\d.]*", claim.test + claim.needs)) <= {"0", "1"}  # nothing, everything
+
+    def test_verdict_and_what_would_decide(self, claim):
+        assert claim.expected in claims.VERDICTS
+        assert claim.group in ("layers", "cost", "open")
+        assert (claim.expected == "not testable") == (claim.test == "")
+        if claim.expected in ("undetermined", "not testable"):
+            assert claim.decides["en"] and claim.decides["zh"]
+
+
+def test_names_are_unique():
+    assert len({claim.name for claim in ALL}) == len(ALL)
+
+
+def test_templates_print_the_same_findings_in_both_languages():
+    folder = Path(summary.__file__).parent
+    fields = [sorted(re.findall(r"\b(?:f|long|counts)\.\w+(?: \| n\([^)]*\))?", (folder / name).read_text()))
+              for name in summary.TEMPLATES.values()]  # fmt: skip
+    assert fields[0] == fields[1]
+
+
+def test_a_missing_section_is_said_and_nothing_else_breaks():
+    def read(name):
+        raise InputError(f"{name} is missing")
+
+    assert load(read) == {}
+    table = claims.t9_claims(read)
+    assert set(table["verdict"]) == {"not testable"}
+    for language in summary.TEMPLATES:
+        assert summary.summary(read, table, language).startswith("# ")
+    assert claims.flipped(table) == table.loc[table["expected"] != "not testable", "name"].tolist()
+
+
+def test_reporting_needs_neither_torch_nor_the_method():
+    modules = sorted(f"paper_src.reporting.{path.stem}" for path in (ROOT / "paper_src/reporting").glob("[a-z]*.py"))
+    method = sorted(f"paper_src.{path.stem}" for path in (ROOT / "paper_src").glob("[a-z]*.py") if path.stem != "files")
+    code = f"import {', '.join(modules)}, sys; print([m for m in ['torch', *{method!r}] if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_cells_stay_short(tmp_path):
+    found = claims.t9_claims(lambda name: pd.read_csv(ROOT / "tables" / f"{name}.csv"))
+    for part in ("reported", "finding", "rule", "decides", "decided_by"):
+        lengths = found[part].str.split().str.len()
+        assert lengths.max() <= 25, found.loc[lengths.idxmax(), "name"]

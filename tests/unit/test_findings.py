@@ -1,0 +1,112 @@
+"""Findings: how they are collected, read back and printed; those of sections 3 and 4 counted by hand."""
+
+import pandas as pd
+import pytest
+
+from paper_src import InputError
+from paper_src.reporting.findings import COLUMNS, NAN, Finding, Findings, ends, load, number, spread
+from paper_src.sections import compaction, fidelity
+
+
+def test_collected_and_read_back():
+    found = Findings()
+    found.add("t4_fidelity", "cosine_best", *ends({"cosine": 0.5, "cosine_lo": 0.4, "cosine_hi": 0.6}, "cosine"), n=8)
+    found.add("t4_fidelity", "wins", 3, unit="pairs", n=4, text="a, b")
+    frame = found.frame()
+    assert list(frame) == list(COLUMNS)
+    known = load(lambda name: {"t4_findings": frame}[name] if name == "t4_findings" else _missing(name))
+    assert f"{known['cosine_best']:~.2f}" == "0.50 [0.40, 0.60]"
+    assert known["wins"].share.value == 0.75 and known["wins"].share.text == "3/4"
+    assert f"{known['wins']:of}" == "3/4" and str(known["wins"]) == "a, b" and f"{known['wins']:d}" == "3"
+    found.add("t4_fidelity", "wins", 1)
+    with pytest.raises(InputError, match="wins"):
+        found.frame()
+
+
+def _missing(name):
+    raise FileNotFoundError(name)
+
+
+def test_numbers_in_prose():
+    written = [number(value) for value in (46023.4, 100, 81.34, 1.2527, 0.0713, 1, NAN)]
+    assert written == ["46,023", "100", "81.3", "1.25", "0.0713", "1.00", "-"]
+    assert number(1234567.0, ",") == "1,234,567" and number(8.0, "d") == "8" and number(0.949, ".0%") == "95%"
+    assert str(Finding("k", 8.0, NAN, NAN, "", NAN, "", "")) == "8"
+    assert Finding("none", 0.0, NAN, NAN, "", 0.0, "", "").share.value != 0  # of nothing: NaN
+
+
+def test_a_range_is_median_and_ends():
+    assert spread(pd.Series([3.0, 1.0, 2.0])) == (2.0, 1.0, 3.0)
+
+
+def selections(rows):
+    columns = ["strategy", "score", "k", "kept", "nll_nats", "p_ppl", "n_draws"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+TABLE = selections([
+    ("top_k", "fisher", 2, "0 1", 5.0, 1.0, None),
+    ("distributed", "fisher", 2, "0 3", 4.0, 1 / 20, None),
+    ("top_k", "grad_norm", 2, "0 1", 5.0, 1.0, None),  # the same pair: counts once
+    ("distributed", "grad_norm", 2, "0 3", 4.0, 1 / 20, None),
+    ("top_k", "shapley", 2, "0 1", 5.0, 1.0, None),  # of another kind
+    ("distributed", "shapley", 2, "1 2", 6.0, 0.5, None),
+    ("top_k", "combined", 2, "0 2", 3.0, 1 / 20, None),
+    ("distributed", "combined", 2, "0 2", 3.0, 1 / 20, None),  # no pair: nothing to compare
+    ("top_k", "activation_variance", 2, "2 3", 4.0, 0.3, None),
+    ("distributed", "activation_variance", 2, "1 3", 6.0, 0.6, None),
+    ("random", None, 2, None, 4.5, None, 19),
+])  # fmt: skip
+
+
+def counted(table):
+    found = Findings()
+    fidelity._against_random(found, table)
+    fidelity._spread_against_top_k(found, table)
+    return {row.name: (row.value, row.n) for row in found.frame().itertuples(index=False)}
+
+
+def test_selections_against_random_and_against_one_another():
+    found = counted(TABLE)
+    assert found["top_k_better_than_random"] == (1, 2) and found["top_k_worse_than_random"] == (1, 2)
+    assert found["distributed_better_than_random"] == (2, 2) and found["distributed_worse_than_random"] == (0, 2)
+    assert found["distributed_wins_gradient"] == (1, 1)
+    assert found["distributed_wins_activation"] == (0, 1)
+    assert found["distributed_wins_removal"] == (0, 1)
+
+
+def test_no_pairs_are_no_wins():
+    assert counted(TABLE[TABLE["score"].isin(["combined"]) | (TABLE["strategy"] == "random")])[
+        "distributed_wins_gradient"
+    ] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "ks", "inside"),
+    [(30, [12, 11, 8, 8, 4], "8, 11"),  # 2.7 to 4.0 of 30 layers: 8 to 11
+     (26, [12, 10, 10, 10, 6], None),
+     (32, [12, 20, 20, 20, 4], "12")],  # 32 / 12 is 2.67, which the report gives as 2.7
+)  # fmt: skip
+def test_the_speed_range_is_of_the_reported_compression_alone(depth, ks, inside):
+    tasks = ["decode", *["prefill_hidden"] * 2, *["decode"] * 2]
+    speed = pd.DataFrame({"k": ks, "speedup": [2.0, 2.6, 3.4, 2.5, 6.0], "task": tasks, "batch": 1, "length": 8})
+    hidden = pd.DataFrame({"k": sorted(set(ks)), "speedup": 1.0, "task": "prefill_hidden", "batch": 2, "length": 8})
+    speed = pd.concat([speed, hidden.assign(speedup=2.9)]).assign(rounds=3, share_of_ideal=1.0)
+    size = pd.DataFrame(
+        {
+            "k": [depth, *sorted(set(ks))],
+            "parameters": 10,
+            "layer_compression": 1.0,
+            "parameter_compression": 1.0,
+            "disk_bytes": 1,
+            "peak_memory_bytes": 1,
+            "dtype": "float32",
+        }
+    )
+    found = compaction.t3_findings(lambda name: {"t3_speed": speed, "t3_size": size}[name]).set_index("name")
+    assert ("reported_compression_k" in found.index) == (inside is not None)
+    if inside:
+        assert found.loc["reported_compression_k", "text"] == inside
+        assert found.loc["speedup_reported_compression_any", "hi"] == max(
+            speed.loc[speed["k"].isin([int(k) for k in inside.split(", ")]), "speedup"]
+        )
