@@ -22,6 +22,7 @@ from paper_src.baselines.size import bytes_of, count_of, require_alive, zeros_of
 from paper_src.checkpoints import run_folder
 from paper_src.files import replacing
 from paper_src.models import count_parameters
+from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, PURPLE, RED, SKY, STYLE
 from paper_src.sections.judge import Judge
 from paper_src.sections.recovery import refit, start_of
@@ -245,3 +246,46 @@ def _staircase(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
     """The frontier of quality and ``cost`` in rows sorted by quality."""
     best = rows[cost].cummax() if cost.endswith("speedup") else rows[cost].cummin()
     axis.step(best, np.arange(len(rows)), where="pre", color="black", lw=0.8, zorder=1)
+
+
+def t7_findings(read: Read) -> pd.DataFrame:
+    """t7_findings: cut layers beside what else one could do, at the smallest size and at the largest."""
+    table, found = read("t7_baselines"), Findings()
+    table = table[table["ppl_ratio"].notna()]
+    sizes = table.loc[table["family"].isin(["depth", "width"]), "k"]
+    found.add("t7_baselines", "methods_compared", table["name"].nunique() - 1, unit="methods")
+    for role, k in (("smallest", sizes.min()), ("largest", sizes.max())):
+        found.add("t7_baselines", f"compared_{role}_k", k, unit="layers")
+        for name in ("cut", "width", "replace_me", "cut_repaired", "cut_repaired_int8"):
+            _method(found, f"{name}_{role}", table[(table["name"] == name) & (table["k"] == k) & ~table["recovered"]])
+    for name in ("int8_weight", "int4_unpacked", "wanda_50"):
+        _method(found, name, table[(table["name"] == name) & ~table["recovered"]])
+    after = table[table["recovered"] & (table["k"] == sizes.min())]
+    if len(after):
+        _after_the_same_recovery(found, after)
+    return found.frame()
+
+
+def _method(found: Findings, role: str, rows: pd.DataFrame) -> None:
+    """Adds quality, speed, bytes and budget of the one row of t7_baselines; nothing where it is not supported here."""
+    if rows.empty:
+        return
+    row = rows.iloc[0]
+    found.add("t7_baselines", f"ppl_{role}", *ends(row, "ppl_ratio"), unit="perplexity / full", text=row["method"])
+    found.add("t7_baselines", f"speed_{role}", *ends(row, "prefill_hidden_speedup"), unit="times, prefill")
+    found.add("t7_baselines", f"bytes_{role}", row["memory_share"], unit="bytes / full model in float32")
+    found.add("t7_baselines", f"budget_{role}", row["tokens"], unit="tokens of calibration and training")
+
+
+def _after_the_same_recovery(found: Findings, after: pd.DataFrame) -> None:
+    """Adds what the section's own short recovery makes of each kind of method, and whether all began alike."""
+    others = after[after["family"] != "depth"]
+    for role, name in (("cut", "cut"), ("width", "width"), ("low_rank", "svd_aware"), ("replace_me", "replace_me")):
+        _method(found, f"recovered_{role}", after[after["name"] == name])
+    _method(found, "recovered_best", after.nsmallest(1, "ppl_ratio"))
+    _method(found, "recovered_best_other", others.nsmallest(1, "ppl_ratio"))
+    own = after[after["name"] == "cut"].iloc[0]
+    alike = (others["start"] == own["start"]) & (others["tokens"] == own["tokens"])
+    found.add("t7_baselines", "compared_alike", alike.sum(), n=len(others),
+              unit="methods with the start and tokens of cut layers")  # fmt: skip
+    found.add("t7_baselines", "recovery_seconds", after["recovery_s"].max(), unit="s")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from paper_src import InputError, NotSupported, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
 from paper_src.models import layer_counts
+from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
 from paper_src.sections.judge import Judge
 from paper_src.selection import kept_text
@@ -249,3 +250,46 @@ def _stages(axis: Axes, rows: pd.DataFrame, keep: Sequence[int], metric: str) ->
         x = np.arange(len(keep)) + 0.18 * (place - 1)
         axis.errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
     axis.set_xticks(range(len(keep)), [f"k = {k}" for k in keep])
+
+
+def t5_findings(read: Read) -> pd.DataFrame:
+    """t5_findings: what each stage of repair brings at the smallest and largest k, and what the selection adds."""
+    table, found = read("t5_recovery"), Findings()
+    stages = table[table["selection"] == "selected"].set_index(["k", "recovery"])
+    ks = stages.index.get_level_values("k")
+    units = {"cosine": "cosine", "cosine_centred": "cosine", "top1_agreement": "share of tokens", "tokens": "tokens",
+             "ppl_ratio": "perplexity / full", "ppl_ratio_mean": "perplexity / full, all kinds",
+             "seconds": "s"}  # fmt: skip
+    found.add("t5_recovery", "recovery_test_tokens", table["n_tokens"].max(), unit="tokens of each kind of text")
+    for role, k in (("smallest", ks.min()), ("largest", ks.max())):
+        found.add("t5_recovery", f"recovered_{role}_k", k, unit="layers")
+        for name, stage in (("cut", "none"), ("refitted", "closed_form"), ("recovered", "distilled")):
+            row = stages.loc[(k, stage)]
+            for column, unit in units.items():
+                found.add("t5_recovery", f"{column}_{name}_{role}", *ends(row, column), unit=unit)
+    constant = table[table["selection"] == "trivial"].iloc[0]
+    found.add("t5_recovery", "cosine_constant", *ends(constant, "cosine"), unit="cosine")
+    wide = table[table["selection"] == "distributed"].set_index("recovery")["ppl_ratio"]
+    for name, stage in (("cut", "none"), ("refitted", "closed_form")):
+        ratio = wide[stage] / stages.loc[(ks.min(), stage), "ppl_ratio"]
+        found.add("t5_recovery", f"distributed_over_selected_{name}", ratio, unit="perplexity ratio")
+    _selections(found, read("t5_selection"))
+    mixes = read("t5_mix")
+    kinds = [name.removeprefix("ppl_ratio_") for name in mixes if name.startswith("ppl_ratio_")][:-1]
+    found.add("t5_mix", "kinds_of_text", len(kinds), unit="kinds", text=", ".join(kinds))
+    picked = mixes.loc[mixes["chosen"], "mix"]
+    found.add("t5_mix", "mix_chosen", len(picked), n=len(mixes), unit="mixes",
+              text=picked.iloc[0] if len(picked) else "none")  # fmt: skip
+    return found.frame()
+
+
+def _selections(found: Findings, table: pd.DataFrame) -> None:
+    """Adds whether the best selection is another one after a refit, and random ones beside it."""
+    real, drawn = table[table["strategy"] != "random"], table[table["strategy"] == "random"]
+    moved = [k for k, part in real.groupby("k") if part.loc[part["rank_cut"] == 1, "rank_refitted"].item() != 1]
+    found.add("t5_selection", "best_changes_by_refit", len(moved), n=real["k"].nunique(), unit="sizes k",
+              text=", ".join(map(str, moved)))  # fmt: skip
+    best = real.loc[real["k"] == real["k"].min(), "ppl_ratio_refitted"].min()
+    for name, value in (("selected", best), ("random_best", drawn["ppl_ratio_refitted"].min()),
+                        ("random_median", drawn["ppl_ratio_refitted"].median())):  # fmt: skip
+        found.add("t5_selection", f"small_refit_{name}", value, n=len(drawn), unit="perplexity / full, validation text")
