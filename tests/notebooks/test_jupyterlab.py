@@ -18,7 +18,7 @@ from harness import NOTEBOOKS, ROOT
 
 @pytest.fixture
 def server(tmp_path):
-    """JupyterLab over a copy of the notebooks, beside committed tables in the place of results; its address and token."""
+    """JupyterLab over a copy of the notebooks, beside committed tables in the place of results: port and token."""
     (tmp_path / "notebooks").mkdir()
     for path in NOTEBOOKS:
         shutil.copy(path, tmp_path / "notebooks")
@@ -55,7 +55,13 @@ def asked(port: int, token: str, path: str, body: dict | None = None) -> dict:
 
 def run(channel: websocket.WebSocket, code: str) -> list[dict]:
     """Messages of one cell, once its kernel is idle again."""
-    header = {"msg_id": uuid.uuid4().hex, "username": "test", "session": "s", "msg_type": "execute_request", "version": "5.3"}
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "username": "test",
+        "session": "s",
+        "msg_type": "execute_request",
+        "version": "5.3",
+    }
     content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
     channel.send(json.dumps({"header": header, "parent_header": {}, "metadata": {}, "content": content,
                              "channel": "shell"}))  # fmt: skip
