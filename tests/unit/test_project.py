@@ -64,6 +64,7 @@ def reproduce(*words, **environment):
         (["--only", "99_none"], "no notebook '99_none'"),
         (["--jobs", "many"], "--jobs 'many': give a number"),
         (["check", "--fast"], "check takes no options"),
+        (["clean", "--all"], "clean takes no options"),
     ],
 )
 def test_wrong_option_is_one_line_and_an_exit_code(words, message):
@@ -105,5 +106,25 @@ def test_help_names_every_command_and_option():
         "--device",
         "--jobs",
         "--force",
+        "--verbose",
     ):
         assert word in text
+
+
+def test_clean_deletes_what_runs_wrote_and_nothing_else(tmp_path):
+    (tmp_path / "reproduce.sh").write_text((ROOT / "reproduce.sh").read_text())
+    ours = (
+        "results/laptop/tables/t1_a.csv",
+        "results/laptop/SUMMARY.md",
+        "results/tiny/logs/01_a.log",
+        "results/.lock",
+    )
+    theirs = ("results/laptop/notes.txt", "results/mine.csv", "tables/t1_a.csv", "results/sweep/sweep.csv")
+    for name in (*ours, *theirs):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    done = subprocess.run(["bash", "reproduce.sh", "clean"], check=True, capture_output=True, text=True, cwd=tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted(["reproduce.sh", *theirs])
+    assert not (tmp_path / "results/tiny").exists()
+    assert "kept: results/laptop/ holds other files" in done.stderr
