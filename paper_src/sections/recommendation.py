@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import timing
+from paper_src import InputError, timing
 from paper_src.baselines.depth import repaired
 from paper_src.compaction import compact
 from paper_src.recommendation import ranking
 from paper_src.recommendation.recommenders import RECOMMENDERS, ItemTexts, Trial
+from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from paper_src.stats import interval, paired_ratio_interval
 
@@ -140,7 +141,7 @@ RATIOS = {"over_no_layers": ("o", 0.16, "no layers"), "share_of_full": ("s", -0.
 
 
 def f6_recommendation(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Every recommender, best first: NDCG@10, its ratio to a control, and speed.
+    """Every recommender, best first: NDCG@10, its ratio to that without layers or of the full model, and speed.
 
     Items are ranked over the whole catalogue; n is the number of test users in the title. Bars: 95% bootstrap over
     test users, paired for ratios. Trained on all users where the name says so, else on the same sample of them.
@@ -159,11 +160,12 @@ def f6_recommendation(tables: Mapping[str, pd.DataFrame]) -> Figure:
             for name, (marker, shift, _) in RATIOS.items():
                 _bars(panels[1], table, (name, *SHARES[name]), marker, shift)
             _bars(panels[2], table, ("users_per_s",), "o")
-            titles = (f"{table['dataset'][0]}: {table['n_users'][0]:,} test users", "ratio on the same users", "speed")
-            labels = ("NDCG@10, whole catalogue", "NDCG@10 / that of the control", "users per second")
+            titles = (f"{table['dataset'][0]}: {table['n_users'][0]:,} test users", "ratio to another row", "speed")
+            labels = ("NDCG@10, whole catalogue", "ratio of NDCG@10, same users", "users per second")
             for panel, title, label in zip(panels, titles, labels, strict=True):
                 panel.set(title=title, xlabel=label, ylim=(-0.7, len(table) - 0.3), yticks=table.index, yticklabels=[])
-            panels[0].set_yticklabels([_name(row) for row in table.itertuples()])
+            names = zip(table["method"], table["model"], strict=True)
+            panels[0].set_yticklabels([_name(RECOMMENDERS[method].title, model) for method, model in names])
             panels[0].set_xlim(left=0)
             panels[1].axvline(1, color="black", lw=0.8, ls="--")
             panels[2].set_xscale("log")
@@ -184,6 +186,43 @@ def _bars(panel: Axes, table: pd.DataFrame, columns: Sequence[str], marker: str,
         panel.errorbar(value, row.Index + shift, xerr=spread, fmt=marker, ms=4, color=colours[row.method])
 
 
-def _name(row: tuple) -> str:
-    body = row.body.replace("_", " ") if RECOMMENDERS[row.method].texts else ""
-    return ", ".join(filter(None, [RECOMMENDERS[row.method].title, body, "all users" * (row.train_on == "all")]))
+def _name(title: str, model: str) -> str:
+    return title if model == "none" else f"{title}, {model.replace('_', ' ')}"
+
+
+def t6_findings(read: Read) -> pd.DataFrame:
+    """t6_findings: NDCG@10 of the smallest trained model of each data set, beside what needs no layers."""
+    found, rows = Findings(), {}
+    for name in ("movielens", "amazon"):
+        try:
+            table = read(f"t6_{name}")
+        except (InputError, FileNotFoundError):  # its data were not at hand
+            continue
+        by_name, source = table.set_index(["method", "body", "train_on"], drop=False).sort_index(), f"t6_{name}"
+        small = pd.concat([by_name.loc[[("trained", body, "sample")]] for body in ("compact", "recovered")])
+        best = small.nlargest(1, "valid_ndcg10").iloc[0]
+        popular = by_name.loc[("most_popular", "none", "all"), "ndcg10"]
+        rows[name] = best.to_dict() | {"lead": best["ndcg10"] - popular}
+        found.add(source, f"data_set_{name}", best["n_items"], unit="items", n=best["n_users"], text=best["dataset"])
+        others = {"most_popular": ("most_popular", "none", "all"), "sasrec_same": ("sasrec", "sasrec", "sample"),
+                  "sasrec_all": ("sasrec", "sasrec", "all"), "full": ("trained", "full", "sample"),
+                  "smallest": ("trained", best["body"], "sample"), "no_layers": ("no_layers", best["body"], "sample"),
+                  "no_layers_all": ("no_layers", "compact", "all")}  # fmt: skip
+        for role, key in others.items():
+            found.add(source, f"ndcg10_{role}_{name}", *ends(by_name.loc[key], "ndcg10"), unit="NDCG@10",
+                      n=best["n_users"])  # fmt: skip
+        for column, ends_of in (("share_of_full", "share"), ("over_no_layers", "over_no_layers")):
+            found.add(source, f"{column}_{name}", best[column], best[f"{ends_of}_lo"], best[f"{ends_of}_hi"],
+                      unit="NDCG@10 ratio, same users", n=best["n_users"])  # fmt: skip
+        found.add(source, f"speedup_{name}", *ends(best, "speedup"), unit="times")
+    if rows:
+        _least(found, pd.DataFrame(rows.values()), ", ".join(f"t6_{name}" for name in rows))
+    return found.frame()
+
+
+def _least(found: Findings, best: pd.DataFrame, source: str) -> None:
+    """Adds the least value, and the least of each end of the interval, over the data sets."""
+    columns = {"share_of_full": ("share_of_full", "share_lo", "share_hi"), "lead_over_popular": ("lead",),
+               "over_no_layers": ("over_no_layers", "over_no_layers_lo", "over_no_layers_hi")}  # fmt: skip
+    for name, parts in columns.items():
+        found.add(source, f"{name}_least", *best[list(parts)].min(), n=len(best), unit="least over data sets")
