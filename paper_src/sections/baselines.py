@@ -213,14 +213,15 @@ def f7_pareto(table: pd.DataFrame) -> Figure:
                 _staircase(axis, rows, metric)
             axis.set_title(title)
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if metric == "ppl_ratio" else (1, 2, 5)))
+            wide = rows[metric].max() > 50 * rows[metric].min()
+            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
         axes[0].set_yticks(range(len(rows)), [_label(row) for row in rows.itertuples()], size=7.5)
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
         worse = len(known) - len(rows)
         if worse:
-            axes[0].set_xlabel(f"{worse} rows above {WORST:,} are left out")
+            axes[0].set_xlabel(f"above {WORST:,} and left out: {worse}")
         for family, colour in FAMILIES.items():
             axes[0].scatter([], [], color=colour, label=family)
         figure.legend(loc="outside lower center", ncols=len(FAMILIES))

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -107,7 +108,7 @@ def candidates(strategies: pd.DataFrame, keep: Sequence[int], count: int) -> pd.
     """Rows k, strategy, score, kept: the ``count`` best different selections at each k on validation text, unrepaired.
 
     Raises:
-        InputError: t2_strategies has no rows of a k.
+        InputError: no rows of a k.
     """
     rows = strategies[(strategies["strategy"] != "random") & strategies["k"].isin(keep)]
     if missing := sorted(set(keep) - set(rows["k"])):
@@ -234,8 +235,8 @@ def f5_recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figu
                 else:
                     axis.set_yscale("log")
                     axis.yaxis.set_major_formatter("{x:g}")
+                    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
             right.set_xlabel("distillation, thousands of tokens")
-        right.yaxis.set_minor_formatter("{x:g}")  # less than a decade
         for place, part in zip(("lower left", "lower right"), axes[0], strict=True):
             figure.legend(*part.get_legend_handles_labels(), loc=f"outside {place}", ncols=2)
     plt.close(figure)
@@ -250,6 +251,7 @@ def _stages(axis: Axes, rows: pd.DataFrame, keep: Sequence[int], metric: str) ->
         x = np.arange(len(keep)) + 0.18 * (place - 1)
         axis.errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
     axis.set_xticks(range(len(keep)), [f"k = {k}" for k in keep])
+    axis.set_xlim(-0.5, len(keep) - 0.5)
 
 
 def t5_findings(read: Read) -> pd.DataFrame:
