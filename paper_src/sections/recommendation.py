@@ -142,10 +142,9 @@ RATIOS = {"over_no_layers": ("o", 0.16, "no layers"), "share_of_full": ("s", -0.
 
 def f6_recommendation(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Every recommender, best first: NDCG@10, its ratio to that without layers or of the full model, and speed.
-
-    Items are ranked over the whole catalogue; n is the number of test users in the title. Bars: 95% bootstrap over
-    test users, paired for ratios. Trained on all users where the name says so, else on the same sample of them.
-    Speed: trained networks, median of interleaved rounds.
+    All items are ranked; n is the number of test users in the title. Bars: 95% bootstrap over test users, paired for
+    ratios. Trained networks learn from all users where the name says so, else from one sample of them. Speed: median
+    of interleaved rounds, trained networks only.
 
     Args:
         tables: name -> t6_movielens, t6_amazon, as many as there are.
