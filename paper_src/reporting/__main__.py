@@ -7,73 +7,81 @@ from pathlib import Path
 from paper_src import InputError
 
 
-def parser() -> argparse.ArgumentParser:
-    """Commands and their arguments; ``./reproduce.sh`` and the Snakefile call them."""
-    top = argparse.ArgumentParser(prog="python -m paper_src.reporting")
-    commands = top.add_subparsers(dest="command", required=True)
+def run(use: argparse.Namespace) -> None:  # each command imports what it needs alone
+    """Execute one notebook."""
+    from paper_src.reporting import run
 
-    run = commands.add_parser("run", help="execute one notebook")
-    run.add_argument("notebook", type=Path)
-    run.add_argument("--profile", type=Path, required=True)
-    run.add_argument("--results", type=Path, required=True)
-    run.add_argument("--model")
-    run.add_argument("--device")
-    run.add_argument("--data-dir", dest="data_dir")
-    run.add_argument("--verbose", action="store_true", help="show what the notebook prints")
-
-    check = commands.add_parser("check", help="check every parameter of a profile")
-    check.add_argument("profile", type=Path)
-
-    publish = commands.add_parser("publish", help="copy results to tables/, figures/ and SUMMARY.md")
-    publish.add_argument("results", type=Path)
-
-    summary = commands.add_parser("summary", help="what ran, in how many seconds, and where to look")
-    summary.add_argument("results", type=Path)
-    summary.add_argument("--since", type=float, default=0.0, help="time before which a notebook counts as kept")
-
-    page = commands.add_parser("page", help="the paper as one page")
-    page.add_argument("source", type=Path, help="folder with tables, figures and SUMMARY.md")
-    page.add_argument("target", type=Path, help="the page, in a folder beside those")
-
-    across = commands.add_parser("across", help="several models in one table")
-    across.add_argument("table", type=Path, help="written as .csv and .md")
-    across.add_argument("tables", type=Path, nargs="+", help="folders of tables of whole runs")
-    return top
+    given = {key: getattr(use, key) for key in ("model", "device", "data_dir") if getattr(use, key)}
+    run.run(use.notebook, use.profile, use.results, given, use.verbose)
 
 
-def act(use: argparse.Namespace) -> None:
-    """Do what the command line says; each command imports what it needs alone."""
-    if use.command == "run":
-        from paper_src.reporting.run import run
+def check(use: argparse.Namespace) -> None:
+    """Check every parameter of a profile."""
+    from paper_src.reporting import parameters
 
-        given = {key: getattr(use, key) for key in ("model", "device", "data_dir") if getattr(use, key)}
-        run(use.notebook, use.profile, use.results, given, use.verbose)
-    elif use.command == "check":
-        from paper_src.reporting.parameters import check_profile
+    parameters.check_profile(use.profile)
 
-        check_profile(use.profile)
-    elif use.command == "publish":
-        from paper_src.reporting.publish import publish
 
-        publish(use.results)
-    elif use.command == "summary":
-        from paper_src.reporting.publish import summary
+def publish(use: argparse.Namespace) -> None:
+    """Copy results to tables/, figures/ and SUMMARY.md."""
+    from paper_src.reporting import publish
 
-        print(summary(use.results, use.since))
-    elif use.command == "page":
-        from paper_src.reporting.page import build
+    publish.publish(use.results)
 
-        build(use.source, use.target)
-    elif use.command == "across":
-        from paper_src.reporting.across import write
 
-        write(use.table, use.tables)
+def summary(use: argparse.Namespace) -> None:
+    """Print what ran, in how many seconds, and where to look."""
+    from paper_src.reporting import publish
+
+    print(publish.summary(use.results, use.since))
+
+
+def page(use: argparse.Namespace) -> None:
+    """Make one page of the tables, figures and summary in a folder, and of the notebooks."""
+    from paper_src.reporting import page
+
+    page.build(use.source, use.target)
+
+
+def across(use: argparse.Namespace) -> None:
+    """Put several models, each a folder of tables of a whole run, in one table, .csv and .md."""
+    from paper_src.reporting import across
+
+    across.write(use.table, use.tables)
+
+
+COMMANDS = {
+    run: ["notebook", "--profile", "--results", "--model", "--device", "--data-dir", "--verbose"],
+    check: ["profile"],
+    publish: ["results"],
+    summary: ["results", "--since"],
+    page: ["source", "target"],
+    across: ["table", "tables"],
+}
+KINDS = {
+    "--model": {},
+    "--device": {},
+    "--data-dir": {},
+    "--verbose": {"action": "store_true", "help": "show what the notebook prints"},
+    "--since": {"type": float, "default": 0.0, "help": "time before which a notebook counts as kept"},
+    "--profile": {"type": Path, "required": True},
+    "--results": {"type": Path, "required": True},
+    "tables": {"type": Path, "nargs": "+"},
+}
 
 
 def main(words: list[str] | None = None) -> int:
     """0 on success, 1 with one line on standard error for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m paper_src.reporting")
+    commands = parser.add_subparsers(required=True)
+    for command, names in COMMANDS.items():
+        part = commands.add_parser(command.__name__, help=command.__doc__)
+        part.set_defaults(act=command)
+        for name in names:
+            part.add_argument(name, **KINDS.get(name, {"type": Path}))
+    use = parser.parse_args(words)
     try:
-        act(parser().parse_args(words))
+        use.act(use)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

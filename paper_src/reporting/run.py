@@ -1,7 +1,7 @@
 """Run one notebook with one profile's parameters; the executed copy appears only if all went well.
 
-Order, skipping and parallel runs are Snakemake's, execution is papermill's. Added here: a wrong parameter is an
-error, an error is one line, and so is what is told while it runs. What the notebook prints goes to a log.
+Order, skipping and parallel runs are Snakemake's, execution is papermill's. Added here: an error is one line, and so
+is what is told while a notebook runs; what it prints goes to a log.
 """
 
 import json
@@ -29,7 +29,26 @@ NOISE = re.compile(r"Ending Cell|(In|Out)put Notebook|Working dir|Executing note
 # of tqdm's bars, but not of transformers' own, or in words
 STEP = re.compile(r"(?:^|[\r\n])(?!Loading)([^\r\n|:]+): +\d+%\|[^|]*\| (\d+/\d+)|(step|epoch) (\d+) of (\d+)")
 DONE = re.compile(r"done in ([\d.]+) s\n?\Z")  # the end of a log
-COMMITTED = {"laptop": Path("tables"), "long": Path("tables/long")}  # provenance of profiles that were run before
+COMMITTED = {"laptop": Path("tables"), "long": Path("tables/long")}  # records of profiles that were run before
+
+
+def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], verbose: bool = False) -> None:
+    """Execute ``notebook`` with the parameters of ``profile`` and those ``given``; one line says how far it is.
+
+    Writes ``results/notebooks/<name>`` and ``results/logs/<name>.log``; the notebook writes tables and figures itself.
+    """
+    _stop_with_parent()
+    parameters = parameters_for(notebook, profile, {**given, "results": os.path.relpath(results, "notebooks")})
+    names = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
+    head = f"[{names.index(notebook.stem) + 1}/{len(names)}] {notebook.stem}"
+    log, start = results / "logs" / f"{notebook.stem}.log", time.monotonic()
+    expected = seconds_before(log, COMMITTED.get(results.name))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file, _output_in(file) as terminal:
+        with Line(head, expected, [file, terminal] if verbose else [file], terminal) as line:
+            execute(notebook, parameters, results / "notebooks" / notebook.name)
+            line.last = f"done in {clock(time.monotonic() - start)}"
+        print(f"done in {time.monotonic() - start:.1f} s", file=file)
 
 
 def execute(notebook: Path, parameters: dict[str, object], output: Path) -> None:
@@ -40,17 +59,9 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> None
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_name(f"{output.stem}.failed.ipynb")
+    how = {"kernel_name": "python3", "log_output": True, "progress_bar": False, "config": LOCAL}
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(failed),
-            parameters,
-            kernel_name="python3",
-            cwd=str(notebook.parent),
-            log_output=True,
-            progress_bar=False,
-            config=LOCAL,
-        )
+        papermill.execute_notebook(str(notebook), str(failed), parameters, cwd=str(notebook.parent), **how)
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
         raise InputError(f"{notebook.stem} failed. {reason} (cells: {failed})") from error
@@ -59,27 +70,6 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> None
     except OSError as error:
         raise InputError(f"cannot write {failed} ({error.strerror}): free space or choose another folder") from error
     os.replace(failed, output)
-
-
-def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], verbose: bool = False) -> None:
-    """Execute ``notebook`` with the parameters of ``profile`` and those ``given``; one line says how far it is.
-
-    Writes ``results/notebooks/<name>`` and ``results/logs/<name>.log``; the notebook writes tables and figures itself.
-    """
-    _stop_with_parent()
-    overrides = {**given, "results": os.path.relpath(results, "notebooks")}
-    parameters = parameters_for(notebook, profile, overrides)
-    names = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
-    log = results / "logs" / f"{notebook.stem}.log"
-    head = f"[{names.index(notebook.stem) + 1}/{len(names)}] {notebook.stem}"
-    expected, start = seconds_before(log, COMMITTED.get(results.name)), time.monotonic()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, _output_in(file) as terminal:
-        copies = [file, terminal] if verbose else [file]
-        with Line(head, expected, terminal, terminal.isatty() and not verbose) as line, _heard(line, copies):
-            execute(notebook, parameters, results / "notebooks" / notebook.name)
-            line.end(f"done in {clock(time.monotonic() - start)}")
-        print(f"done in {time.monotonic() - start:.1f} s", file=file)
 
 
 def seconds_before(log: Path, committed: Path | None = None) -> float | None:
@@ -97,80 +87,66 @@ def clock(seconds: float) -> str:
     ('2:10', '1:02:10')
     """
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-class Line:
-    """How far a notebook is: one line that is rewritten each second in a terminal, one more every 30 s in a log."""
+class Line(logging.Handler):
+    """How far a notebook is: one line, rewritten each second in a terminal, in a log a further one every 30 s.
 
-    def __init__(self, head: str, expected: float | None, out: TextIO, rewritten: bool):
-        self.head, self.expected, self.out, self.rewritten, self.step = head, expected, out, rewritten, ""
-        self._start, self._over = time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(1 if rewritten else 30,), daemon=True)
+    Hears from papermill what the kernel says, copies it to files and takes the step from its progress bars.
+
+    Args:
+        head: number and name of the notebook.
+        expected: seconds that it takes, if known.
+        copies: where the output goes; if ``out`` is one of them, the line is not rewritten.
+        out: where the line goes.
+    """
+
+    def __init__(self, head: str, expected: float | None, copies: list[TextIO], out: TextIO):
+        super().__init__(logging.INFO)
+        self.head, self.expected, self.copies, self.out = head, expected, copies, out
+        self.step, self.last, self.rewritten = "", "failed", out.isatty() and out not in copies
+        self._start, self._over, self._logger = time.monotonic(), threading.Event(), logging.getLogger("papermill")
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Line":
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        self._logger.addHandler(self)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind and not self._over.is_set():
-            self.end("failed")
-        self._thread.join()
-
-    def text(self, spent: float) -> str:
-        """The line after ``spent`` seconds: what is at work, how long it took, how long it takes as last time."""
-        left = f", about {clock(self.expected - spent)} left" if self.expected and self.expected > spent else ""
-        return f"{self.head}  {f'{self.step}  ' if self.step else ''}{clock(spent)}{left}"
-
-    def end(self, words: str) -> None:
-        """The last form of the line."""
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
         self._over.set()
-        self._write(f"{self.head}  {words}", last=True)
-
-    def _watch(self, period: float) -> None:
-        while not self._over.wait(period):
-            self._write(self.text(time.monotonic() - self._start))
-
-    def _write(self, text: str, last: bool = False) -> None:
-        if self.rewritten:
-            width = os.get_terminal_size(self.out.fileno()).columns or 80
-            print(f"\r\x1b[K{text[: width - 1]}", end="\n" if last else "", file=self.out, flush=True)
-        else:
-            print(text, file=self.out, flush=True)
-
-
-class _Heard(logging.Handler):
-    """Copies what papermill hears from the kernel, and takes the step from its progress bars."""
-
-    def __init__(self, line: Line, copies: list[TextIO]):
-        super().__init__(logging.INFO)
-        self.line, self.copies = line, copies
+        self._thread.join()
+        self._write(f"{self.head}  {self.last}", end="\n")
 
     def emit(self, record: logging.LogRecord) -> None:
+        """One message of papermill."""
         text = record.getMessage()
         if text.startswith("Executing Cell"):
-            self.line.step = ""
+            self.step = ""
         elif text.strip() and not NOISE.match(text):
             for found in STEP.finditer(text):
-                self.line.step = " ".join(found.groups()[:2]) if found[1] else f"{found[3]} {found[4]}/{found[5]}"
+                self.step = f"{found[1]} {found[2]}" if found[1] else f"{found[3]} {found[4]}/{found[5]}"
             for copy in self.copies:
                 print(text.rstrip("\n"), file=copy, flush=True)
 
+    def text(self, spent: float) -> str:
+        """The line after ``spent`` seconds: the step at work, the time, and what is left if it takes as long again."""
+        left = f", about {clock(self.expected - spent)} left" if self.expected and self.expected > spent else ""
+        return f"{self.head}  {f'{self.step}  ' if self.step else ''}{clock(spent)}{left}"
 
-@contextmanager
-def _heard(line: Line, copies: list[TextIO]) -> Iterator[None]:
-    logger, handler = logging.getLogger("papermill"), _Heard(line, copies)
-    before = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+    def _watch(self) -> None:
+        while not self._over.wait(1 if self.rewritten else 30):
+            self._write(self.text(time.monotonic() - self._start), end="" if self.rewritten else "\n")
+
+    def _write(self, text: str, end: str) -> None:
+        if self.rewritten:
+            width = os.get_terminal_size(self.out.fileno()).columns or 80
+            text = f"\r\x1b[K{text[: width - 1]}"
+        print(text, end=end, file=self.out, flush=True)
 
 
 @contextmanager

@@ -116,18 +116,17 @@ def test_a_failing_run_says_two_lines(project):
 
 
 def test_the_line_says_the_step_the_time_and_what_is_left():
-    line = run.Line("[3/9] 03_compaction", 211.0, io.StringIO(), rewritten=False)
-    heard = run._Heard(line, [])
+    line = run.Line("[3/9] 03_compaction", 211.0, [], io.StringIO())
     for text in (
         "speed:  67%|####  | 4/6 [00:10<00:05,  2.5s/it]",
         "Loading weights: 100%|######| 74/74 [00:00<00:00]",
     ):
-        heard.emit(logging.LogRecord("papermill", logging.WARNING, "", 0, text, (), None))
+        line.emit(logging.LogRecord("papermill", logging.WARNING, "", 0, text, (), None))
     assert line.text(130) == "[3/9] 03_compaction  speed 4/6  2:10, about 1:21 left"
     assert line.text(300) == "[3/9] 03_compaction  speed 4/6  5:00"  # longer than last time: nobody knows
-    heard.emit(logging.LogRecord("papermill", logging.INFO, "", 0, "step 20 of 300, 5 s: KL 0.1", (), None))
+    line.emit(logging.LogRecord("papermill", logging.INFO, "", 0, "step 20 of 300, 5 s: KL 0.1", (), None))
     assert line.step == "step 20/300"
-    heard.emit(logging.LogRecord("papermill", logging.INFO, "", 0, "Executing Cell 7---", (), None))
+    line.emit(logging.LogRecord("papermill", logging.INFO, "", 0, "Executing Cell 7---", (), None))
     assert line.text(3) == "[3/9] 03_compaction  0:03, about 3:28 left"
 
 
