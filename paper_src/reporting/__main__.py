@@ -47,7 +47,7 @@ def across(use: argparse.Namespace) -> None:
     """Put several models, each a folder of tables of a whole run, in one table, .csv and .md."""
     from paper_src.reporting import across
 
-    across.write(use.table, use.tables)
+    print(across.write(use.table, use.tables))
 
 
 COMMANDS = {
