@@ -45,7 +45,7 @@ class Workload:
 
 
 def compare_speed(
-    full: PreTrainedModel, compact: dict[int, PreTrainedModel], workload: Workload, rounds: int = 9, seed: int = 0
+    full: PreTrainedModel, compact: dict[object, PreTrainedModel], workload: Workload, rounds: int = 9, seed: int = 0
 ) -> list[dict[str, float]]:
     """One row for each compact model: ``speedup`` = median over rounds of seconds(full) / seconds(compact).
 
@@ -53,21 +53,21 @@ def compare_speed(
     that a machine whose speed drifts distorts both sides alike. One run before counts FLOPs and warms up.
 
     Args:
-        compact: k -> compact model, on the same device and in the same dtype.
+        compact: k, or a name -> compact model, on the same device and in the same dtype.
         seed: of the random token ids and of the bootstrap.
 
     Returns:
         Rows with the workload, ``k``, ``speedup`` and its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``,
         ``ideal`` (FLOPs ratio), ``share_of_ideal``, ``full_ms``, ``compact_ms`` (medians) and ``rounds``.
     """
-    models = {0: full, **compact}
+    models = {None: full, **compact}
     prompt = random_prompt(full, workload, seed)
     flops = {key: count_flops(model, workload, prompt) for key, model in models.items()}
     seconds = interleaved(list(models), lambda key: run_seconds(models[key], workload, prompt), rounds)
     rows = []
     for k in compact:
-        speed, ideal = ratio_interval(np.divide(seconds[0], seconds[k]), seed), flops[0] / flops[k]
-        medians = {name: 1e3 * float(np.median(seconds[key])) for name, key in (("full_ms", 0), ("compact_ms", k))}
+        speed, ideal = ratio_interval(np.divide(seconds[None], seconds[k]), seed), flops[None] / flops[k]
+        medians = {name: 1e3 * float(np.median(seconds[key])) for name, key in (("full_ms", None), ("compact_ms", k))}
         rows.append({**vars(workload), "k": k, **speed, "ideal": ideal, "share_of_ideal": speed["speedup"] / ideal,
                      **medians, "rounds": rounds})  # fmt: skip
     return rows

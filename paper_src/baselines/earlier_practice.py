@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from random import Random
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ def made_up_scores(depth: int, k: int, draws: int, seed: int) -> list[KeptLayers
     """What Top-K keeps when scores come from a normal distribution: ``draws`` selections of k of ``depth`` layers."""
     generator = np.random.default_rng(seed)
     return [top_k(generator.normal(size=depth), k) for _ in range(draws)]
+
+
+def random_places(names: Sequence[str], count: int, depth: int, seed: int) -> dict[str, KeptLayers]:
+    """name -> ``count`` places in [0, depth), increasing, drawn anew for each."""
+    generator = Random(seed)
+    return {name: tuple(sorted(generator.sample(range(depth), count))) for name in names}
 
 
 def with_idle_layers(model: PreTrainedModel, places: Sequence[int], depth: int) -> PreTrainedModel:

@@ -1,8 +1,7 @@
 """Section 8: wrong practice beside right practice, each row an experiment."""
 
 import math
-from collections.abc import Sequence
-from random import Random
+from collections.abc import Iterable, Mapping
 
 import matplotlib
 import numpy as np
@@ -14,59 +13,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import fidelity, timing
-from paper_src.baselines.earlier_practice import (
-    greedy_texts,
-    made_up_scores,
-    masked,
-    text_similarity,
-    time_requests,
-    with_idle_layers,
-)
+from paper_src.baselines import earlier_practice
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.compaction import compact
-from paper_src.models import decoder_layers
 from paper_src.reporting.findings import Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import score_layers, title
 from paper_src.selection import KeptLayers, kept_text, top_k
 from paper_src.stats import control_p_value
 
-
-def t8_text(
-    models: dict[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Tensor,
-    new_tokens: int,
-    full: fidelity.Reference,
-) -> pd.DataFrame:
-    """t8_text: similarity of each model's greedy text to that of the first, beside its metrics on test text.
-
-    The last row, ``another prompt``, compares the first model's own texts for different prompts: what
-    unrelated text scores.
-
-    Args:
-        models: name -> model, the full one first.
-        tokenizer: of all of them.
-        prompts: (B, T) token ids.
-        new_tokens: length of the continuations.
-        full: reference for the metrics.
-    """
-    texts = {name: greedy_texts(model, tokenizer, prompts, new_tokens) for name, model in models.items()}
-    own = next(iter(texts.values()))
-    rows = []
-    for name, model in models.items():
-        means = {metric: float(values.mean()) for metric, values in fidelity.compare(model, full).items()}
-        rows.append({"model": name, "text_similarity": text_similarity(texts[name], own), **means})
-    rows.append({"model": "another prompt", "text_similarity": text_similarity(own, own[1:] + own[:1])})
-    return pd.DataFrame(rows).assign(n_prompts=len(prompts))
+MADE_UP = "normal"  # the name of scores from np.random.normal
 
 
-def candidates(importance: pd.DataFrame, scores: Sequence[str], k: int, draws: int, seed: int) -> pd.DataFrame:
-    """Rows score, draw, kept: Top-K by each real score, and by ``draws`` made-up ones (score ``normal``)."""
+def candidates(importance: pd.DataFrame, scores: Iterable[str], k: int, draws: int, seed: int) -> pd.DataFrame:
+    """Rows score, draw, kept: Top-K by each real score, and by ``draws`` made-up ones."""
     rows = [{"score": score, "kept": kept_text(top_k(importance[score], k))} for score in scores]
-    drawn = made_up_scores(len(importance), k, draws, seed)
-    rows += [{"score": "normal", "draw": draw, "kept": kept_text(kept)} for draw, kept in enumerate(drawn)]
-    return pd.DataFrame(rows).assign(draw=lambda frame: frame["draw"].astype("Int64"))
+    drawn = earlier_practice.made_up_scores(len(importance), k, draws, seed)
+    rows += [{"score": MADE_UP, "draw": draw, "kept": kept_text(kept)} for draw, kept in enumerate(drawn)]
+    return pd.DataFrame(rows).astype({"draw": "Int64"})
 
 
 def score_tests(table: pd.DataFrame, measured: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -79,95 +43,104 @@ def score_tests(table: pd.DataFrame, measured: dict) -> tuple[pd.DataFrame, pd.D
     full = float(next(iter(measured.values()))["nll_nats"].mean())
     nll = table["kept"].map(lambda kept: float(measured[kept]["nll_nats"].mean()))
     table = table.assign(nll_nats=nll, ppl_ratio=np.exp(nll - full))
-    drawn, real = table[table["score"] == "normal"], table[table["score"] != "normal"].drop(columns="draw")
-    control = drawn["nll_nats"]
-    p_values = [control_p_value(value, control, higher_is_better=False) for value in real["nll_nats"]]
+    drawn, real = table[table["score"] == MADE_UP], table[table["score"] != MADE_UP].drop(columns="draw")
+    p_values = [control_p_value(value, drawn["nll_nats"], higher_is_better=False) for value in real["nll_nats"]]
     return drawn.reset_index(drop=True), real.assign(p_ppl=p_values, n_draws=len(drawn)).reset_index(drop=True)
 
 
-def t8_permuted(model: PreTrainedModel, calibration: Tensor, test: Tensor, seed: int) -> pd.DataFrame:
-    """t8_permuted: two models that compute the same with their layers in different places, and three ways to choose.
+def t8_permuted(
+    models: Mapping[str, PreTrainedModel], places: Mapping[str, KeptLayers], calibration: Tensor, test: Tensor
+) -> pd.DataFrame:
+    """Three ways to keep the working layers of models that compute the same with their layers in different places.
 
-    Both are ``model`` among as many idle layers (:func:`with_idle_layers`); to keep half the layers, the idle
-    ones must go. ``fixed_list`` is the right answer for the first model, as an index list; ``fisher`` and
-    ``leave_one_out`` are taken of the model at hand.
+    ``fixed_list`` is the right answer for the first model, as an index list; ``fisher`` and ``leave_one_out`` are
+    taken of the model at hand.
 
     Args:
-        model: a small model of L layers.
+        models: name -> a model with working layers among idle ones, of :func:`earlier_practice.with_idle_layers`.
+        places: name -> where the working layers stand.
         calibration: (N, T) token ids, for the scores.
         test: (M, T) token ids, for the perplexity.
-        seed: of the places.
     """
-    depth = 2 * len(decoder_layers(model))
-    generator = Random(seed)
-    first, second = (sorted(generator.sample(range(depth), depth // 2)) for _ in range(2))
-    rows = []
-    for order, places in (("first", first), ("second", second)):
-        deep = with_idle_layers(model, places, depth)
-        judge, asked = Evaluator(deep, test), Evaluator(deep, calibration)
-        fisher = score_layers(deep, calibration).mean("fisher").tolist()
+    rows, listed = [], next(iter(places.values()))
+    for order, model in models.items():
+        judge, asked, k = Evaluator(model, test), Evaluator(model, calibration), len(listed)
         ways = {
-            "fixed_list": tuple(first),
-            "fisher": top_k(fisher, depth // 2),
-            "leave_one_out": top_k(leave_one_out([asked])[0].tolist(), depth // 2),
+            "fixed_list": listed,
+            "fisher": top_k(score_layers(model, calibration).mean("fisher").tolist(), k),
+            "leave_one_out": top_k(leave_one_out([asked])[0].tolist(), k),
         }
         for way, kept in ways.items():
-            ratio = math.exp(judge(kept) - judge(range(depth)))
-            rows.append({"model": order, "chosen_by": way, "kept": kept_text(kept), "working_layers": kept_text(places),
-                         "working_kept": len({*kept} & {*places}), "ppl_ratio": ratio})  # fmt: skip
+            ratio = math.exp(judge(kept) - judge(range(asked.depth)))
+            rows.append({"model": order, "chosen_by": way, "kept": kept_text(kept),
+                         "working_layers": kept_text(places[order]), "working_kept": len({*kept} & {*places[order]}),
+                         "ppl_ratio": ratio})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+SPREADS = ("95% bootstrap of the median", "90% of single rounds")
 
 
 def t8_speed(
     model: PreTrainedModel, kept: KeptLayers, tokens: int, requested: int, rounds: int, seed: int
 ) -> pd.DataFrame:
-    """t8_speed: what each way of timing says the speedup of the compact model is.
+    """What each way of timing says the speedup of the compact model is; ``spread`` says what the interval is of.
 
-    ``compacted`` and ``masked`` are timed as everywhere in this paper. ``forward`` and ``request`` are the
-    compact model again, by a synchronized pass and through loopback HTTP; ``request_no_model`` is the ratio of
-    two series of requests behind which there is no model. Intervals are over rounds: 5% to 95% of the single
-    ratios.
+    ``compacted`` and ``masked`` are timed as everywhere in this paper. ``forward`` and ``request`` are the compact
+    model again, by a synchronized pass and through loopback HTTP; ``request_no_model`` is the ratio of two series of
+    requests behind which there is no model.
 
     Args:
-        model: the full model.
-        kept: layers of the compact model.
         tokens: of the workload of ``compacted`` and ``masked``.
         requested: tokens of a request.
         rounds: of each.
-        seed: of the token ids.
     """
-    small, veiled = compact(model, kept), masked(model, kept)
-    workload = timing.Workload("prefill_hidden", 1, tokens)
-    by_kind = {1: ("compacted", small), 2: ("masked", veiled)}
-    timed = timing.compare_speed(model, {key: other for key, (_, other) in by_kind.items()}, workload, rounds, seed)
-    rows = [
-        {"timed": by_kind[row["k"]][0], "speedup": row["speedup"], "speedup_lo": row["speedup_lo"],
-         "speedup_hi": row["speedup_hi"], "full_ms": row["full_ms"], "compact_ms": row["compact_ms"]}
-        for row in timed
-    ]  # fmt: skip
-    seconds = time_requests(model, small, requested, rounds, seed)
+    small = compact(model, kept)
+    timed = {"compacted": small, "masked": earlier_practice.masked(model, kept)}
+    found = timing.compare_speed(model, timed, timing.Workload("prefill_hidden", 1, tokens), rounds, seed)
+    columns = ("speedup", "speedup_lo", "speedup_hi", "full_ms", "compact_ms")
+    rows = [{"timed": row["k"], **{name: row[name] for name in columns}, "spread": SPREADS[0]} for row in found]
+    seconds = earlier_practice.time_requests(model, small, requested, rounds, seed)
     pairs = {"forward": ("full", "compact"), "request": ("request_full", "request_compact"),
              "request_no_model": ("request_a", "request_b")}  # fmt: skip
     for name, (a, b) in pairs.items():
-        ratios = seconds[a] / seconds[b]
-        low, middle, high = np.quantile(ratios, [0.05, 0.5, 0.95])
-        rows.append({"timed": name, "speedup": middle, "speedup_lo": low, "speedup_hi": high,
-                     "full_ms": 1e3 * np.median(seconds[a]), "compact_ms": 1e3 * np.median(seconds[b])})  # fmt: skip
+        low, middle, high = np.quantile(seconds[a] / seconds[b], [0.05, 0.5, 0.95])
+        medians = (1e3 * np.median(seconds[a]), 1e3 * np.median(seconds[b]))
+        rows.append({"timed": name, **dict(zip(columns, (middle, low, high, *medians), strict=True)),
+                     "spread": SPREADS[1]})  # fmt: skip
     return pd.DataFrame(rows).assign(k=len(kept), rounds=rounds)
+
+
+def t8_text(
+    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Tensor, new_tokens: int,
+    full: fidelity.Reference,
+) -> pd.DataFrame:  # fmt: skip
+    """Similarity of each model's greedy text to that of the first, beside its metrics on test text.
+
+    The last row, ``another prompt``, compares the first model's own texts for different prompts: what
+    unrelated text scores.
+
+    Args:
+        models: name -> model, the full one first.
+        prompts: (B, T) token ids.
+        new_tokens: length of the continuations.
+        full: reference for the metrics.
+    """
+    texts = {name: earlier_practice.greedy_texts(model, tokenizer, prompts, new_tokens)
+             for name, model in models.items()}  # fmt: skip
+    own, rows = next(iter(texts.values())), []
+    for name, model in models.items():
+        means = {metric: float(values.mean()) for metric, values in fidelity.compare(model, full).items()}
+        rows.append({"model": name, "text_similarity": earlier_practice.text_similarity(texts[name], own), **means})
+    unrelated = earlier_practice.text_similarity(own, own[1:] + own[:1])
+    rows.append({"model": "another prompt", "text_similarity": unrelated})
+    return pd.DataFrame(rows).assign(n_prompts=len(prompts))
 
 
 def t8_controls(
     drawn: pd.DataFrame, scores: pd.DataFrame, moved: pd.DataFrame, speed: pd.DataFrame, text: pd.DataFrame
 ) -> pd.DataFrame:
-    """t8_controls: a row a practice, with the number that shows how wrong it is.
-
-    Args:
-        drawn: t8_random.
-        scores: t8_scores.
-        moved: t8_permuted.
-        speed: t8_speed.
-        text: t8_text.
-    """
+    """A row per practice, with the number that shows how wrong it is, from the tables above."""
     ratios = drawn["ppl_ratio"]
     by_way = moved.set_index(["model", "chosen_by"])["ppl_ratio"]
     timed = speed.set_index("timed")
@@ -205,7 +178,10 @@ def t8_controls(
 def f8_controls(
     drawn: pd.DataFrame, scores: pd.DataFrame, moved: pd.DataFrame, speed: pd.DataFrame, text: pd.DataFrame
 ) -> Figure:
-    """One panel for each wrong practice beside the right one.
+    """Each wrong practice beside the right one. Top left: Top-K by real scores, with their p-value against made-up ones
+    (ticks; grey: 90% of them). Top right: layers kept of two equal models, by an index list and by scores. Bottom left:
+    speedups, with 95% bootstrap intervals of the median for compacted and masked, and 90% of single rounds for the
+    others. Bottom right: similarity of greedy texts, with the divergence of the model that wrote them.
 
     Args:
         drawn: t8_random.
@@ -215,7 +191,7 @@ def f8_controls(
         text: t8_text.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+        figure, axes = plt.subplots(2, 2, figsize=(10, 7.6), height_ratios=[1.3, 1])
         _made_up(axes[0, 0], drawn, scores)
         _moved(axes[0, 1], moved)
         _timed(axes[1, 0], speed)
@@ -225,21 +201,17 @@ def f8_controls(
 
 
 def _made_up(axis: Axes, drawn: pd.DataFrame, scores: pd.DataFrame) -> None:
-    """Outcomes of made-up scores, and below them those of real ones."""
-    axis.hist(np.log10(drawn["ppl_ratio"]), bins=20, color="#b5b5b5", label=f"{len(drawn)} made-up scores")
-    tops, unit = scores.sort_values("ppl_ratio"), axis.get_ylim()[1] / 20
-    for index, row in enumerate(tops.itertuples()):
-        axis.plot(np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index), "o", ms=3.5, color=BLUE)
-        label = f"{title(row.score)} (p = {row.p_ppl:.2f})"
-        axis.annotate(label, (np.log10(row.ppl_ratio), unit * (-1.4 - 1.2 * index)), textcoords="offset points",
-                      xytext=(5, -2), size=5.5)  # fmt: skip
-    axis.margins(x=0.05)
-    axis.set_xlim(right=axis.get_xlim()[1] + 0.45 * np.diff(axis.get_xlim()).item())  # room for the names
-    axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
-    axis.set_xlabel("log10 of perplexity / full model's")
-    axis.set_ylabel("draws")
-    axis.set_title("Scores from np.random.normal, and real ones (dots)")
-    axis.legend(loc="upper right")
+    """Perplexity after Top-K by each real score, the best first, and by made-up ones."""
+    rows = scores.sort_values("ppl_ratio")
+    axis.axvspan(*drawn["ppl_ratio"].quantile([0.05, 0.95]), color=GREY, alpha=0.25, lw=0)
+    axis.plot(rows["ppl_ratio"], range(len(rows)), "o", ms=5, color=BLUE)
+    axis.plot(drawn["ppl_ratio"], [len(rows)] * len(drawn), "|", ms=8, color=RED)
+    names = [f"{title(score)} (p = {p:.2f})" for score, p in zip(rows["score"], rows["p_ppl"], strict=True)]
+    axis.set_yticks(range(len(rows) + 1), [*names, f"{len(drawn)} x np.random.normal"], size=7)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlabel("perplexity / full model's")
+    axis.set_title(f"Real scores and made-up ones (k = {len(drawn['kept'].iloc[0].split())})")
 
 
 def _moved(axis: Axes, moved: pd.DataFrame) -> None:
@@ -248,41 +220,37 @@ def _moved(axis: Axes, moved: pd.DataFrame) -> None:
     for shift, (order, part), colour in zip((-0.2, 0.2), moved.groupby("model"), (BLUE, ORANGE), strict=True):
         height = part.set_index("chosen_by").loc[ways, "ppl_ratio"]
         axis.bar(np.arange(len(ways)) + shift, height, width=0.4, color=colour, label=f"{order} model")
+        total = len(part["working_layers"].iloc[0].split())
         for place, kept in enumerate(part.set_index("chosen_by").loc[ways, "working_kept"]):
-            axis.annotate(f"{kept} kept", (place + shift, height.iloc[place]), ha="center", va="bottom", size=7)
-    axis.set_xticks(range(len(ways)), [way.replace("_", " ") for way in ways])
+            axis.annotate(f"{kept} of {total}", (place + shift, height.iloc[place]), ha="center", va="bottom", size=7)
+    axis.set_xticks(range(len(ways)), [title(way) for way in ways])
     axis.set_yscale("log")
+    axis.margins(y=0.12)
     axis.set_ylabel("perplexity / full model's")
-    axis.set_title("The same layers in other places (working layers kept)")
+    axis.set_title("Layers in other places: working ones kept")
     axis.legend()
 
 
 def _timed(axis: Axes, speed: pd.DataFrame) -> None:
-    """The speedup that each way of timing finds."""
+    """The speedup that each way of timing finds; blue is right practice."""
     error = [speed["speedup"] - speed["speedup_lo"], speed["speedup_hi"] - speed["speedup"]]
-    colours = [BLUE, RED, BLUE, RED, RED]
+    colours = [BLUE if timed in ("compacted", "forward") else RED for timed in speed["timed"]]
     axis.barh(speed["timed"].str.replace("_", " "), speed["speedup"], xerr=error, color=colours)
     axis.axvline(1, color="black", lw=1)
     axis.invert_yaxis()
-    axis.set_xlabel("speedup found (blue: right practice)")
+    axis.set_xlabel(f"speedup found (n = {speed['rounds'].iloc[0]} rounds; blue: right practice)")
     axis.set_title(f"Masks, and requests over HTTP (k = {speed['k'].iloc[0]})")
 
 
 def _texts(axis: Axes, text: pd.DataFrame) -> None:
-    """Text similarity against KL."""
-    models = text[text["kl_nats"].notna()]
-    axis.plot(models["kl_nats"], models["text_similarity"], "o", color=BLUE)
-    for row in models.itertuples():
-        axis.annotate(row.model, (row.kl_nats, row.text_similarity), textcoords="offset points", xytext=(4, 3), size=7)
-    unrelated = text.loc[text["kl_nats"].isna(), "text_similarity"].item()
-    axis.axhline(unrelated, color=GREY, ls="--", lw=1, label="texts of different prompts")
-    axis.set_xscale("symlog", linthresh=0.1)
-    axis.set_xlabel("KL(full || model), nats/token")
-    axis.set_ylabel("similarity to the full model's text")
-    axis.set_title("Text similarity against KL")
-    axis.set_ylim(0, 1.08)
-    axis.margins(x=0.18)
-    axis.legend(loc="lower left")
+    """Text similarity, with the KL divergence written beside it."""
+    colours = [GREY if np.isnan(kl) else BLUE for kl in text["kl_nats"]]
+    bars = axis.barh(text["model"], text["text_similarity"], color=colours)
+    axis.bar_label(bars, ["unrelated" if np.isnan(kl) else f"KL {kl:.2f}" for kl in text["kl_nats"]], padding=3, size=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.2)
+    axis.set_xlabel(f"similarity to the full model's text (n = {text['n_prompts'].iloc[0]} prompts)")
+    axis.set_title("Text similarity and KL, nats/token")
 
 
 def t8_findings(read: Read) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paper_src import data, models
 from paper_src.baselines import earlier_practice
 from paper_src.compaction import compact
-from paper_src.sections import controls as controls_section
+from paper_src.sections import controls as rows
 from paper_src.selection import kept_tuple
 
 DATA = Path(__file__).parents[1] / "data"
@@ -52,7 +52,10 @@ def test_places_that_do_not_fit_are_refused(llama, refused, places):
 
 
 def test_a_fixed_list_fails_where_layers_have_moved_and_a_causal_score_does_not(trained):
-    table = controls_section.t8_permuted(*trained, seed=0).set_index(["model", "chosen_by"])
+    model, calibration, test = trained
+    places = earlier_practice.random_places(["first", "second"], 8, 16, seed=0)
+    deep = {name: earlier_practice.with_idle_layers(model, at, 16) for name, at in places.items()}
+    table = rows.t8_permuted(deep, places, calibration, test).set_index(["model", "chosen_by"])
     ratio, working = table["ppl_ratio"], table["working_kept"]
     assert ratio["first", "fixed_list"] == pytest.approx(1, rel=1e-4)
     assert working["second", "fixed_list"] < 8
@@ -104,6 +107,6 @@ def test_score_tests_by_hand():
     })  # fmt: skip
     nll = {"0 1 2 3": 1.0, "0": 3.0, "1": 2.0, "2": 4.0, "3": 5.0}
     measured = {kept: {"nll_nats": np.array([value, value])} for kept, value in nll.items()}
-    drawn, scores = controls_section.score_tests(table, measured)
+    drawn, scores = rows.score_tests(table, measured)
     assert drawn["ppl_ratio"].tolist() == pytest.approx(np.exp([1, 3, 4]).tolist())
     assert scores["p_ppl"].item() == pytest.approx((1 + 1) / (1 + 3))
