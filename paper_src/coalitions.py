@@ -6,10 +6,11 @@ it, and so do the searches of :mod:`paper_src.selection`.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,24 +22,32 @@ from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
 from paper_src.processes import ALONE, Processes
 from paper_src.selection import KeptLayers
-from paper_src.store import Evaluation, Store
 
+SHIFTS = 3  # cyclic shifts of a permutation in one group of Shapley values
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")
+
+
+class Evaluation(NamedTuple):
+    """Metrics of one subset, the layers that were run to compute them, and the seconds it took."""
+
+    values: tuple[float, ...]
+    layer_runs: int
+    seconds: float
+
+
+class Store(Protocol):
+    """Keeps the evaluations that are known by a text and metrics, as :class:`paper_src.scale.store.Store` does."""
+
+    def view(self, tensors: Iterable[Tensor], *words: object) -> MutableMapping[KeptLayers, Evaluation]: ...
 
 
 @dataclass
 class Cost:
-    """What was asked of evaluators, each subset counted once, whether it was computed now or before.
+    """What was asked of evaluators, each subset counted once, whether it was computed now or before."""
 
-    Attributes:
-        evaluations: different subsets.
-        forward_tokens: tokens that the full model's layers could have processed instead.
-        seconds: time that computing them took, now or when they were kept on disk.
-    """
-
-    evaluations: int = 0
-    forward_tokens: int = 0
-    seconds: float = 0.0
+    evaluations: int = 0  # different subsets
+    forward_tokens: int = 0  # tokens that the full model's layers could have processed instead
+    seconds: float = 0.0  # that computing them took, now or when they were kept on disk
 
     def add(self, other: "Cost") -> None:
         """Add another cost to this one."""
@@ -82,7 +91,7 @@ class Evaluator:
         self.tokens = blocks.numel()
         self._model = model
         self._full = fidelity.reference(model, blocks, mean, len(blocks), metrics, scored)
-        self._known: dict[KeptLayers, Evaluation] = {}
+        self._known: MutableMapping[KeptLayers, Evaluation] = {}
         if store:
             self._known = store.view([blocks, self._full.mean_state], metrics, scored)
         self._logs: list[set[KeptLayers]] = []
@@ -207,22 +216,19 @@ class ShapleyValues:
 def shapley(
     evaluators: Iterable[Evaluator],
     target: float = 0.05,
-    shifts: int = 3,
     seed: int = 0,
     least: int = 4,
     processes: Processes = ALONE,
 ) -> ShapleyValues:
     """Shapley values of the layers in the game v(S) = -metric(S), by sampled permutations.
 
-    Each evaluator gives one group: a random permutation, ``shifts`` cyclic shifts of it that spread every
-    layer evenly over the positions, and the reverse of each (antithetic pairs). Captum's
-    ``ShapleyValueSampling`` walks them (Castro et al. 2009). A group's values sum to v(all) - v(none).
-    Evaluators with different texts put the spread over texts into the standard error.
+    Each evaluator gives one group: a random permutation, cyclic shifts of it that spread every layer evenly over the
+    positions, and the reverse of each (antithetic pairs). Captum's ``ShapleyValueSampling`` walks them (Castro et al.
+    2009). Evaluators with different texts put the spread over texts into the standard error.
 
     Args:
         evaluators: one a group, all of one depth and one list of metrics.
         target: stop once the largest standard error is below this share of the largest value.
-        shifts: cyclic shifts a group.
         seed: of the permutations.
         least: groups before the stopping rule is asked.
         processes: who shares the groups; each gives its own evaluators, and all get the values of one process.
@@ -233,7 +239,7 @@ def shapley(
     groups, gaps, coalitions = [], [], []
     evaluators = (each for each in evaluators) if not hasattr(evaluators, "close") else evaluators
     with closing(evaluators):  # the last one's cost is added then
-        for values, gap, walked in _shapley_groups(evaluators, shifts, Random(seed), processes):
+        for values, gap, walked in _shapley_groups(evaluators, Random(seed), processes):
             groups.append(values)
             gaps.append(gap)
             coalitions.append(walked)
@@ -248,9 +254,7 @@ def shapley(
 Group = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _shapley_groups(
-    evaluators: Iterable[Evaluator], shifts: int, generator: Random, processes: Processes
-) -> Iterator[Group]:
+def _shapley_groups(evaluators: Iterable[Evaluator], generator: Random, processes: Processes) -> Iterator[Group]:
     """Groups in the order of their permutations, whichever process worked one out."""
     evaluators = iter(evaluators)
     while True:
@@ -258,17 +262,17 @@ def _shapley_groups(
         if (evaluator := next(evaluators, None)) is not None:
             depth = evaluator.depth
             orders = [generator.sample(range(depth), depth) for _ in range(processes.world)]
-            own = _shapley_group(evaluator, shifts, orders[processes.rank])
+            own = _shapley_group(evaluator, orders[processes.rank])
         found = [group for group in processes.gathered(own) if group is not None]
         if not found:
             return
         yield from found
 
 
-def _shapley_group(evaluator: Evaluator, shifts: int, order: list[int]) -> Group:
+def _shapley_group(evaluator: Evaluator, order: list[int]) -> Group:
     """(L, M) values of one group, (M,) their gap to v(all) - v(none), (n, 1 + M) the subsets' sizes and metrics."""
     depth = evaluator.depth
-    shifted = [order[start:] + order[:start] for start in (round(i * depth / shifts) for i in range(shifts))]
+    shifted = [order[start:] + order[:start] for start in (round(i * depth / SHIFTS) for i in range(SHIFTS))]
     permutations = [walk for one in shifted for walk in (one, one[::-1])]
     walked = sorted({tuple(sorted(walk[:n])) for walk in permutations for n in range(depth + 1)})
     metrics = evaluator.evaluate(walked)  # all at once shares most work; Captum then finds them known

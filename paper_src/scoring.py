@@ -1,19 +1,12 @@
 """Importance scores of every layer: ``SCORES`` names them all, and says which pass over calibration text gives each.
 
 A new score is its function and its entry: notebook 01 runs every ``measure`` once, and tables, figures and selections
-loop over the entries. Most scores come from one forward and backward pass, :func:`score_layers`. Nothing is
-accumulated in ``.grad`` there: the weights stay frozen, so autograd carries only activation gradients, and hooks
-reduce each weight's gradient to a few numbers a sequence the moment its parts are known. For a linear layer with input
-X and output gradient G (T tokens each) the per-sequence gradient is G'X, and its squared norm is taken from the
-smaller of G'X itself and the two T x T Gram matrices: ||G'X||^2 = sum(XX' * GG')  (Goodfellow 2015, arXiv:1510.01799,
-extended from vectors to sequences).
+loop over the entries. Most come from the one forward and backward pass of :func:`score_layers`.
 """
 
-import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,31 +14,21 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from paper_src import InputError, coalitions
-from paper_src.coalitions import Cost
+from paper_src.coalitions import Cost, Store
 from paper_src.layers import LayerRunner
 from paper_src.models import decoder_layers, last_hidden, logits_of, offloaded
-from paper_src.store import Store
-
-SINK_RATIO = 10.0  # an attention-sink token's norm is above this many times the sequence's median norm
+from paper_src.sums import ActivationSums, GradientSums, frozen, watch
 
 
 @dataclass
 class LayerScores:
-    """Scores of L layers.
+    """Scores of L layers; ``angular[l, m]``, in [0, 1], is the angle between the last token's states before l and m."""
 
-    Attributes:
-        per_sequence: name -> (N, L) float64, a row a sequence or a group of them; a layer's score is their mean.
-        angular: (L+1, L+1) float64; [l, m] is the angular distance, in [0, 1], between the states before
-            layers l and m at the last token (m = L: before the final norm).
-        parameters: (L,) int64, parameters in each layer.
-    """
-
-    per_sequence: dict[str, Tensor]
-    angular: Tensor
-    parameters: Tensor
+    per_sequence: dict[str, Tensor]  # name -> (N, L) float64, a row a sequence or a group of them
+    angular: Tensor  # (L+1, L+1) float64; m = L: before the final norm
+    parameters: Tensor  # (L,) int64
 
     def rows(self, name: str) -> int:
         """N of a score; of a combined score, that of its parts."""
@@ -80,22 +63,21 @@ def score_layers(
 
     With g the gradient of one sequence's loss (mean next-token NLL, nats/token) for a layer's parameters:
 
-    - ``fisher`` = E ||g||^2, the trace of the empirical Fisher matrix; ``fisher_per_parameter`` divides
-      by the layer's parameter count; ``grad_norm`` = E ||g||;
+    - ``fisher`` = E ||g||^2, the trace of the Fisher matrix; ``fisher_per_parameter`` divides by the layer's
+      parameter count; ``grad_norm`` = E ||g||;
     - ``taylor`` = E |theta . g|, the first-order change of the loss when the layer's weights go to zero;
-    - ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` (E (h - mean)^4 / variance^2)
-      of the layer's output over a sequence's tokens and units, and
-      ``..._no_sink`` without the tokens whose norm is above ``SINK_RATIO`` times the sequence's median;
+    - ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` (E (h - mean)^4 / variance^2) of the
+      layer's output over a sequence's tokens and units; ``..._no_sink`` without attention-sink tokens;
     - ``block_influence`` = 1 - E cos(input, output) over tokens, the last layer's output before the final norm.
 
     Args:
         model: a causal model; its parameters and their ``requires_grad`` are as before on return.
         blocks: (N, T) int64 token ids, T >= 2.
         batch_size: sequences a step. 1 serves layers that mix sequences (flattened experts).
-        labels: ``text``: g is of the text's own next tokens, and ``fisher`` the empirical Fisher. ``model``:
-            of next tokens drawn, by ``seed``, from the model's distribution, and ``fisher`` the true Fisher.
+        labels: ``text``: g is of the text's own next tokens (empirical Fisher). ``model``: of next tokens drawn, by
+            ``seed``, from the model's distribution (true Fisher).
         seed: of the drawn labels.
-        progress: wraps the iterable of batches, for example ``tqdm``.
+        progress: wraps the iterable of batches.
 
     Raises:
         InputError: blocks too short, weights in float16, a layer that is used twice or flattens the batch, or
@@ -113,7 +95,7 @@ def score_layers(
     layers = decoder_layers(model)
     generator = torch.Generator(device=model.device).manual_seed(seed) if labels == "model" else None
     rows, states = [], []
-    with _frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         score = _score_layerwise if offloaded(model) else _score_batch
         for batch in progress(blocks.split(batch_size)):
             row, ends = score(model, layers, batch, generator)
@@ -138,9 +120,9 @@ def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     def add(index: int, parameter: Tensor) -> None:
         total[index] += (parameter.detach().float() * parameter.grad.float()).abs().sum(dtype=torch.float64).cpu()
 
-    with _frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         watched = [
-            _watch(parameter, functools.partial(add, index))
+            watch(parameter, functools.partial(add, index))
             for index, layer in enumerate(layers)
             for parameter in layer.parameters()
         ]
@@ -173,43 +155,13 @@ def combined_score(scores: dict[str, Tensor]) -> Tensor:
     return torch.stack(scaled).mean(dim=0)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside; afterwards each is as before."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-
-
-def _watch(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Callable[[], None]:
-    """Let ``reduce`` see the parameter's gradient as soon as it is known, then let it go; returns what undoes this."""
-    before, parameter.grad = parameter.grad, None
-    parameter.requires_grad_(True)  # _frozen puts it back
-
-    def hook(parameter: Tensor) -> None:
-        reduce(parameter)
-        parameter.grad = None
-
-    handle = parameter.register_post_accumulate_grad_hook(hook)
-
-    def undo() -> None:
-        handle.remove()
-        parameter.grad = before
-
-    return undo
-
-
 def _score_batch(
     model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores (B, L) of one batch, and the last token's states (B, L+1, d) before each layer and at the end."""
     batch = batch.to(model.device)
-    gradients = _GradientSums(layers, *batch.shape)
-    activations = _ActivationSums(layers)
+    gradients = GradientSums(layers, *batch.shape)
+    activations = ActivationSums(layers)
     embedding = model.get_input_embeddings()
     root = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     try:
@@ -231,7 +183,7 @@ def _score_layerwise(
     """
     batch = batch.to(model.device)
     runner = LayerRunner(model)
-    activations, states = _ActivationSums(layers), []
+    activations, states = ActivationSums(layers), []
     last = len(layers) - 1
 
     def keep(index: int, layer: Callable, hidden: Tensor) -> Tensor:
@@ -249,7 +201,7 @@ def _score_layerwise(
     upstream = end.grad
     squared, inner = torch.zeros(2, len(batch), len(layers), dtype=torch.float64, device=batch.device)
     for index in reversed(range(len(layers))):
-        sums = _GradientSums(nn.ModuleList([layers[index]]), *batch.shape, device=batch.device)
+        sums = GradientSums(nn.ModuleList([layers[index]]), *batch.shape, device=batch.device)
         try:
             upstream = _through(runner, batch, index, states.pop(), upstream)
         finally:
@@ -258,7 +210,7 @@ def _score_layerwise(
     return _row(squared, inner, activations)
 
 
-def _row(squared: Tensor, inner: Tensor, activations: "_ActivationSums") -> tuple[dict[str, Tensor], Tensor]:
+def _row(squared: Tensor, inner: Tensor, activations: "ActivationSums") -> tuple[dict[str, Tensor], Tensor]:
     """Scores (B, L) by name of ||g||^2, theta . g and the activations' sums; and the last token's states."""
     row = {"fisher": squared, "grad_norm": squared.sqrt(), "taylor": inner.abs()}
     row |= {name: torch.stack(columns, dim=1) for name, columns in activations.columns.items()}
@@ -296,166 +248,6 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, batch: Tensor, genera
     return gradient
 
 
-class _GradientSums:
-    """Per-sequence ||g||^2 and theta . g of each layer, summed by hooks during one backward pass."""
-
-    def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int, device: torch.device | None = None):
-        device = device or next(layers.parameters()).device
-        self.tokens = tokens
-        self.squared = torch.zeros(batch_size, len(layers), dtype=torch.float64, device=device)
-        self.inner = torch.zeros_like(self.squared)
-        self.inputs: dict[nn.Module, Tensor] = {}
-        self.undo: list[Callable] = []
-        for index, layer in enumerate(layers):
-            for name, module in layer.named_modules():
-                own = list(module.parameters(recurse=False))
-                if isinstance(module, nn.Linear | Conv1D) or all(parameter.ndim == 1 for parameter in own):
-                    if own:
-                        self.undo.append(module.register_forward_hook(self._forward_hook(index, name)).remove)
-                elif batch_size == 1:
-                    self.undo += [_watch(parameter, functools.partial(self._add, index)) for parameter in own]
-                else:  # experts and routers: their gradients are known for the whole batch only
-                    self.remove()
-                    raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
-
-    def remove(self) -> None:
-        """Take the hooks off and let go of what they hold."""
-        for undo in self.undo:
-            undo()
-        self.inputs.clear()
-
-    def _add(self, index: int, parameter: Tensor) -> None:
-        self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
-        self.inner[0, index] += _sum_products(parameter.grad[None], parameter.detach()[None])[0]
-
-    def _forward_hook(self, index: int, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            x = args[0] if args else None
-            batch_size = len(self.squared)
-            tensors = isinstance(x, Tensor) and isinstance(output, Tensor)
-            if not tensors or len(x) not in (batch_size, batch_size * self.tokens):
-                raise InputError(
-                    f"layer {index}, {name}: its input does not start with the batch of {batch_size}; "
-                    "score this model with batch_size=1"
-                )
-            if module in self.inputs:
-                raise InputError(f"layer {index}, {name} is used twice in one pass: its weights are shared")
-            self.inputs[module] = x.detach()
-            value, version = output.detach(), output._version
-
-            @torch.no_grad()
-            def reduce(gradient: Tensor) -> None:
-                # an in-place sum (Falcon's MLP and attention) has overwritten the output: make it again
-                known = value if value._version == version else module.forward(self.inputs[module])
-                self._reduce(index, module, known, gradient)
-
-            output.register_hook(reduce)
-
-        return hook
-
-    @torch.no_grad()
-    def _reduce(self, index: int, module: nn.Module, output: Tensor, gradient: Tensor) -> None:
-        x = self.inputs.pop(module)
-        size = len(self.squared)
-        if len(x) != size:  # OPT flattens (B, T, .) to (B T, .)
-            x, gradient, output = (tensor.unflatten(0, (size, -1)) for tensor in (x, gradient, output))
-        if isinstance(module, nn.Linear | Conv1D):
-            x, gradient, output = (tensor.flatten(1, -2) for tensor in (x, gradient, output))  # (B, T, .)
-            squared = _squared_norms(x, gradient)
-            if module.bias is not None:
-                squared += _sum_squares(gradient.sum(dim=1))
-            # theta . g over weight and bias together: sum_t G_t . (W X_t + b), and W X_t + b is the output
-            inner = _sum_products(gradient, output)
-        else:
-            squared, inner = _small_module(module, x, gradient)
-        self.squared[:, index] += squared
-        self.inner[:, index] += inner
-
-
-def _squared_norms(x: Tensor, gradient: Tensor) -> Tensor:
-    """(B,) float64 ||G'X||^2 of x (B, T, n) and gradient (B, T, m), by the cheaper of two exact ways."""
-    tokens, width_in, width_out = x.shape[1], x.shape[2], gradient.shape[2]
-    if tokens * (width_in + width_out) < width_in * width_out:
-        return _sum_products(x @ x.mT, gradient @ gradient.mT)  # Gram matrices, (B, T, T)
-    return torch.stack([_sum_squares((g.mT @ row)[None])[0] for g, row in zip(gradient, x, strict=True)])
-
-
-def _small_module(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) ||g||^2 and theta . g of a module that is no linear map (a norm), by vmapped backward."""
-    parameters = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
-    bare = copy.copy(module)  # the same weights without our hooks
-    bare._forward_hooks = {}
-
-    def weight_gradient(row: Tensor, upstream: Tensor) -> dict[str, Tensor]:
-        def run(values: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(bare, values, (row[None],))[0]
-
-        return torch.func.vjp(run, parameters)[1](upstream)[0]
-
-    with torch.enable_grad():
-        gradients = torch.func.vmap(weight_gradient)(x, gradient)  # each (B, *shape of the parameter)
-    squared = sum(_sum_squares(value) for value in gradients.values())
-    inner = sum(_sum_products(value, parameters[name][None]) for name, value in gradients.items())
-    return squared, inner
-
-
-def _sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float64 sums over all but the first axis of a * b."""
-    return (a.float() * b.float()).flatten(1).sum(dim=1, dtype=torch.float64)
-
-
-def _sum_squares(a: Tensor) -> Tensor:
-    return _sum_products(a, a)
-
-
-class _ActivationSums:
-    """Per-sequence statistics of each layer's input and output, taken by hooks during the forward pass."""
-
-    def __init__(self, layers: nn.ModuleList):
-        self.columns: dict[str, list[Tensor]] = {}
-        self.ends: list[Tensor] = []
-        self.handles = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in layers]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-
-    @torch.no_grad()
-    def _hook(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-        before = (args[0] if args else kwargs["hidden_states"]).detach().float()  # (B, T, d)
-        after = (output[0] if isinstance(output, tuple) else output).detach().float()
-        norms = after.norm(dim=-1)  # (B, T)
-        keep = norms <= SINK_RATIO * norms.median(dim=1, keepdim=True).values
-        cosine = functional.cosine_similarity(before, after, dim=-1)  # (B, T)
-        values = {"block_influence": 1 - cosine.double().mean(dim=1)}
-        values |= _moments(after, torch.ones_like(keep), "")
-        values |= _moments(after, keep, "_no_sink")
-        for name, value in values.items():
-            self.columns.setdefault(name, []).append(value)
-        if not self.ends:
-            self.ends.append(before[:, -1].cpu())
-        self.ends.append(after[:, -1].cpu())
-
-
-def _moments(states: Tensor, keep: Tensor, suffix: str) -> dict[str, Tensor]:
-    """(B,) variance, mean |h| and kurtosis of states (B, T, d) where ``keep`` (B, T)."""
-    weight = keep.unsqueeze(-1)
-    count = keep.sum(dim=1, dtype=torch.float64) * states.shape[-1]
-
-    def average(values: Tensor) -> Tensor:
-        return (values * weight).sum(dim=(1, 2), dtype=torch.float64) / count
-
-    centred = states - average(states).float()[:, None, None]
-    square = centred.square()
-    variance = average(square)
-    return {
-        f"activation_variance{suffix}": variance,
-        f"activation_mean_abs{suffix}": average(states.abs()),
-        f"activation_kurtosis{suffix}": average(square.square()) / variance.square(),
-    }
-
-
 def _angular(ends: Tensor) -> Tensor:
     """(L+1, L+1) mean angular distance arccos(cos)/pi between last-token states (N, L+1, d)."""
     unit = functional.normalize(ends.double(), dim=-1)
@@ -471,39 +263,20 @@ def _require_finite(per_sequence: dict[str, Tensor]) -> None:
 
 @dataclass
 class Calibration:
-    """What a score may be measured on, and with which budget.
-
-    Attributes:
-        model: the full model; no measure changes it.
-        blocks: (N, T) token ids for the scores that need gradients or activations.
-        windows: (M, T') token ids for those that leave layers out.
-        batch_size: blocks a step.
-        true_sequences: blocks for the true Fisher.
-        taylor_sequences: blocks whose gradient is summed for the Taylor score by weight.
-        loo_windows: windows for leave-one-out, two a group.
-        scored: tokens at the end of each window that enter the Shapley values' loss.
-        target: standard error, as a share of the largest value, at which Shapley sampling stops.
-        seed: of drawn labels and permutations.
-        progress: ``progress(items, what)`` -> items, with a bar.
-        store: keeps evaluations on disk.
-    """
+    """What a score may be measured on, and with which budget; no measure changes the model."""
 
     model: PreTrainedModel
-    blocks: Tensor
-    windows: Tensor
-    batch_size: int = 8
-    true_sequences: int = 24
-    taylor_sequences: int = 10
-    loo_windows: int = 12
-    scored: int | None = None
-    target: float = 0.05
-    seed: int = 0
+    blocks: Tensor  # (N, T) token ids for scores that need gradients or activations
+    windows: Tensor  # (M, T') token ids for those that leave layers out
+    batch_size: int = 8  # blocks a step
+    true_sequences: int = 24  # blocks for the true Fisher
+    taylor_sequences: int = 10  # blocks whose gradient is summed for the Taylor score by weight
+    loo_windows: int = 12  # windows for leave-one-out, two a group
+    scored: int | None = None  # tokens at the end of a window that enter the Shapley values' loss
+    target: float = 0.05  # standard error, as a share of the largest value, at which Shapley sampling stops
+    seed: int = 0  # of drawn labels and permutations
     progress: Callable[[Iterable, str], Iterable] = lambda items, what: items
-    store: Store | None = None
-
-    def pass_cost(self, blocks: Tensor, count: int = 1) -> Cost:
-        """Of ``count`` forward and backward passes over ``blocks`` together: a backward pass costs two forward ones."""
-        return Cost(count, 3 * blocks.numel())
+    store: Store | None = None  # keeps evaluations on disk
 
     @functools.cached_property
     def one_pass(self) -> LayerScores:
@@ -524,9 +297,13 @@ class Calibration:
 Measured = tuple[dict[str, Tensor], Cost]  # name -> (N, L) float64; seconds of 0 are for the caller to measure
 
 
+def _passed(blocks: Tensor, count: int = 1) -> Cost:
+    return Cost(count, 3 * blocks.numel())  # a backward pass costs two forward passes
+
+
 def one_pass(calibration: Calibration) -> Measured:
     """All scores of :func:`score_layers`."""
-    return calibration.one_pass.per_sequence, calibration.pass_cost(calibration.blocks)
+    return calibration.one_pass.per_sequence, _passed(calibration.blocks)
 
 
 def fisher_true(calibration: Calibration) -> Measured:
@@ -534,7 +311,7 @@ def fisher_true(calibration: Calibration) -> Measured:
     blocks = calibration.blocks[: calibration.true_sequences]
     bar = functools.partial(calibration.progress, what="true Fisher")
     found = score_layers(calibration.model, blocks, calibration.batch_size, "model", calibration.seed, bar)
-    return {"fisher_true": found.per_sequence["fisher"]}, calibration.pass_cost(blocks)
+    return {"fisher_true": found.per_sequence["fisher"]}, _passed(blocks)
 
 
 def taylor_by_weight(calibration: Calibration) -> Measured:
@@ -543,7 +320,7 @@ def taylor_by_weight(calibration: Calibration) -> Measured:
     blocks = calibration.blocks[: size * min(4, len(calibration.blocks) // size)]
     batches = blocks.split(size)
     rows = [weight_taylor(calibration.model, batch) for batch in calibration.progress(batches, "Taylor")]
-    return {"weight_taylor": torch.stack(rows)}, calibration.pass_cost(blocks, len(batches))
+    return {"weight_taylor": torch.stack(rows)}, _passed(blocks, len(batches))
 
 
 def leave_one_out(calibration: Calibration) -> Measured:

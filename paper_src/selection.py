@@ -32,19 +32,12 @@ Stages = Sequence[tuple[Evaluator, int]]
 
 @dataclass
 class Search:
-    """What a search is given.
+    """What a search is given: evaluators, a budget, and what the searches before it found."""
 
-    Attributes:
-        looks: three evaluators on more and more calibration text: a first look, what published searches see, all of it.
-        survivors: candidates that get from the first look to the last.
-        evolution: ``generations``, ``offspring``, ``initial`` and ``seed`` of :func:`evopress`.
-        found: strategy -> kept layers, from the searches before this one at the same k.
-    """
-
-    looks: Sequence[Evaluator]
-    survivors: int = 6
-    evolution: dict[str, int] = field(default_factory=dict)
-    found: dict[str, KeptLayers] = field(default_factory=dict)
+    looks: Sequence[Evaluator]  # on more and more calibration text: a first look, what published searches see, all
+    survivors: int = 6  # candidates that get from the first look to the last
+    evolution: dict[str, int] = field(default_factory=dict)  # generations, offspring, initial, seed of evopress
+    found: dict[str, KeptLayers] = field(default_factory=dict)  # strategy -> kept layers, at the same k
 
     @property
     def stages(self) -> Stages:
@@ -59,21 +52,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to choose layers.
+    """One way to choose layers."""
 
-    Attributes:
-        function: ``function(given, k)`` -> kept layers.
-        title: its name in figures.
-        kind: ``score``: any score can be given. ``published``: the paper says which one. ``rule``: the depth alone.
-            ``search``: it asks the model.
-        needs: what is given: ``score`` (L,), the name of a score, ``angular`` (L+1, L+1), ``depth``, or ``search``.
-        source: the paper.
-    """
-
-    function: Callable[..., KeptLayers]
-    title: str
-    kind: str
-    needs: str
+    function: Callable[..., KeptLayers]  # of what it needs and k
+    title: str  # in figures
+    kind: str  # score: of any; published: of what the paper says; rule: no score; search: asks the model
+    needs: str  # score (L,), the name of one, angular (L+1, L+1), depth, or search (a Search)
     source: str
 
 
@@ -93,11 +77,7 @@ def kept_tuple(text: str) -> KeptLayers:
 
 
 def top_k(scores: Sequence[float], k: int) -> KeptLayers:
-    """The k layers with the highest scores; of equal scores the earlier layer is kept.
-
-    Args:
-        scores: L numbers, higher means more important.
-        k: number of layers to keep, 1 <= k <= L.
+    """The k of L layers with the highest scores; of equal scores the earlier layer is kept.
 
     Raises:
         InputError: k out of range, or a score that is NaN.
@@ -193,29 +173,26 @@ def shortened_llama_taylor_plus(taylor: Sequence[float], k: int, first: int = 4,
     return tuple(sorted([*always, *others[: k - len(always)]]))
 
 
-def sleb(evaluator: Evaluator, k: int, progress: Callable = iter) -> KeptLayers:
+def sleb(evaluator: Evaluator, k: int) -> KeptLayers:
     """Greedy removal: drop the layer whose loss is least, again and again; of equal losses the earlier layer."""
-    return beam_search([(evaluator, 1)], k, progress)
+    return beam_search([(evaluator, 1)], k)
 
 
-def beam_search(stages: Stages, k: int, progress: Callable = iter) -> KeptLayers:
+def beam_search(stages: Stages, k: int) -> KeptLayers:
     """Removal of one layer a round from the best subsets so far; :func:`sleb` is one stage with one survivor.
 
-    Args:
-        stages: (evaluator, survivors) from little to much text: each judges what the one before let through,
-            so that most text is spent on the best; the survivors of the last are the beam.
-        k: number of layers to keep.
-        progress: wraps the iterable of rounds.
+    ``stages`` are (evaluator, survivors) from little to much text: each judges what the one before let through, so
+    that most text is spent on the best; the survivors of the last are the beam.
     """
     depth = stages[0][0].depth
     _check_k(k, depth)
     beam = [tuple(range(depth))]
-    for _ in progress(range(depth - k)):
+    for _ in range(depth - k):
         beam = _survivors(stages, [_without(kept, layer) for kept in beam for layer in kept])
     return beam[0]
 
 
-def swap_refinement(stages: Stages, kept: Sequence[int], rounds: int = 10) -> KeptLayers:
+def swap_refinement(stages: Stages, kept: Sequence[int]) -> KeptLayers:
     """``kept`` improved: add the layer that helps most, drop the one that costs least, until nothing changes.
 
     A swap is accepted only if it lowers the loss of the last stage, so the result is never worse than the start.
@@ -223,7 +200,7 @@ def swap_refinement(stages: Stages, kept: Sequence[int], rounds: int = 10) -> Ke
     kept = tuple(sorted(kept))
     depth = stages[0][0].depth
     _check_k(len(kept), depth)
-    for _ in range(rounds):
+    for _ in range(10):
         missing = [layer for layer in range(depth) if layer not in kept]
         if not missing:
             break
@@ -241,27 +218,22 @@ def evopress(
     generations: int = 20,
     offspring: int = 32,
     initial: int = 64,
-    mutations: int = 3,
     seed: int = 0,
-    start: KeptLayers | None = None,
-    progress: Callable = iter,
 ) -> KeptLayers:
     """Evolutionary search at fixed k (algorithm 1 of the paper, "level switch").
 
-    The best of ``initial`` random subsets, or ``start``, becomes the parent. Each generation makes ``offspring``
-    copies with min(U{1..mutations}, U{1..mutations}) swaps of a kept for a dropped layer, and selects in stages; the
-    parent takes part in the last. The paper takes 2 and 1 survivors, the KL divergence to the full model and hundreds
-    of ``generations``; for whole layers its figures hardly move after a few tens.
+    The best of ``initial`` random subsets becomes the parent. Each generation makes ``offspring`` copies with
+    min(U{1..3}, U{1..3}) swaps of a kept for a dropped layer, and selects in stages; the parent takes part in the
+    last. The paper takes 2 and 1 survivors, the KL divergence to the full model and hundreds of ``generations``; for
+    whole layers its figures hardly move after a few tens.
     """
     depth = stages[0][0].depth
     _check_k(k, depth)
     generator = Random(seed)
-    parent = start
-    if parent is None:
-        subsets = {tuple(sorted(generator.sample(range(depth), k))) for _ in range(initial)}
-        parent = _best(stages[0][0], sorted(subsets), 1)[0]
-    for _ in progress(range(generations)):
-        children = {_mutated(parent, depth, mutations, generator) for _ in range(offspring)} - {parent}
+    subsets = {tuple(sorted(generator.sample(range(depth), k))) for _ in range(initial)}
+    parent = _best(stages[0][0], sorted(subsets), 1)[0]
+    for _ in range(generations):
+        children = {_mutated(parent, depth, generator) for _ in range(offspring)} - {parent}
         parent = _survivors(stages, sorted(children), parent)[0]
     return parent
 
@@ -293,10 +265,10 @@ def _without(kept: KeptLayers, layer: int) -> KeptLayers:
     return tuple(other for other in kept if other != layer)
 
 
-def _mutated(kept: KeptLayers, depth: int, mutations: int, generator: Random) -> KeptLayers:
-    """``kept`` with a few layers swapped for others."""
+def _mutated(kept: KeptLayers, depth: int, generator: Random) -> KeptLayers:
+    """``kept`` with one to three layers swapped for others."""
     dropped = [layer for layer in range(depth) if layer not in kept]
-    swaps = min(generator.randint(1, mutations), generator.randint(1, mutations), len(dropped), len(kept))
+    swaps = min(generator.randint(1, 3), generator.randint(1, 3), len(dropped), len(kept))
     out = set(generator.sample(kept, swaps))
     return tuple(sorted({*kept} - out | set(generator.sample(dropped, swaps))))
 
@@ -320,32 +292,27 @@ def _check_k(k: int, depth: int) -> None:
 
 
 SHORTENED_LLAMA = "Kim et al. 2024, arXiv:2402.02834, section 3.1"
+GROMOV = "Gromov et al. 2024, arXiv:2403.17887, section 3"
 STRATEGIES = {
     "top_k": Strategy(top_k, "top k", "score", "score", "the earlier report"),
     "distributed": Strategy(distributed, "distributed", "score", "score", "the earlier report"),
     "shortgpt": Strategy(top_k, "ShortGPT", "published", "block_influence", "Men et al. 2024, arXiv:2403.03853"),
     "shortened_llama_ppl": Strategy(top_k, "PPL", "published", "leave_one_out", SHORTENED_LLAMA),
     "shortened_llama_taylor_plus": Strategy(
-        shortened_llama_taylor_plus, "Taylor+", "published", "weight_taylor", SHORTENED_LLAMA
-    ),
-    "drop_block": Strategy(
-        drop_block, "angular block", "published", "angular", "Gromov et al. 2024, arXiv:2403.17887, section 3"
-    ),
+        shortened_llama_taylor_plus, "Taylor+", "published", "weight_taylor", SHORTENED_LLAMA),
+    "drop_block": Strategy(drop_block, "angular block", "published", "angular", GROMOV),
     "evenly_spaced": Strategy(evenly_spaced, "evenly spaced", "rule", "depth", "control without a score"),
     "first_and_last": Strategy(first_and_last, "first and last", "rule", "depth", "control without a score"),
     "sleb": Strategy(
-        lambda search, k: sleb(search.looks[1], k), "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"
-    ),
+        lambda search, k: sleb(search.looks[1], k),
+        "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"),
     "evopress": Strategy(
         lambda search, k: evopress([(search.looks[0], 2), (search.looks[1], 1)], k, **search.evolution),
-        "EvoPress", "search", "search", "Sieberling et al. 2024, arXiv:2410.14649",
-    ),
+        "EvoPress", "search", "search", "Sieberling et al. 2024, arXiv:2410.14649"),
     "staged": Strategy(
-        lambda search, k: beam_search(search.stages, k), "staged removal", "search", "search",
-        "ours: greedy removal that spends most text on the best candidates",
-    ),
+        lambda search, k: beam_search(search.stages, k),
+        "staged removal", "search", "search", "ours: greedy removal that spends most text on the best"),
     "swap": Strategy(
-        lambda search, k: swap_refinement(search.stages, search.best), "swaps", "search", "search",
-        "ours: improves what the searches before it found",
-    ),
+        lambda search, k: swap_refinement(search.stages, search.best),
+        "swaps", "search", "search", "ours: improves the best of the searches before it"),
 }  # fmt: skip

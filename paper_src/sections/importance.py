@@ -8,11 +8,12 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy.stats import kendalltau
 
 from paper_src.coalitions import Cost, ShapleyValues
 from paper_src.reporting import reported
+from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, RED, STYLE
 from paper_src.scoring import SCORES, LayerScores, pass_name, title
 
@@ -111,9 +112,9 @@ def t1_saturation(values: ShapleyValues) -> pd.DataFrame:
 
 
 def f1_importance(importance: pd.DataFrame) -> Figure:
-    """Every score over the depth, as a multiple of its median over the layers: linear up to 1, logarithmic above.
-
-    Bars: standard error over calibration sequences, or over groups of them.
+    """Every score over the depth, as a multiple of its median over the layers, on one axis: linear up to 1 and
+    logarithmic above. Bars: standard error over calibration sequences or groups of them (n: `sequences` and the other
+    parameters of notebook 1); the combined score has none.
 
     Args:
         importance: t1_importance.
@@ -122,13 +123,14 @@ def f1_importance(importance: pd.DataFrame) -> Figure:
     columns = 4
     rows = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(10, 1.8 * rows), sharex=True, squeeze=False)
+        figure, axes = plt.subplots(rows, columns, figsize=(10, 1.8 * rows), sharex=True, sharey=True, squeeze=False)
         for axis, name in zip(axes.flat, names, strict=False):
             scale = importance[name].abs().median()
             error = importance.get(f"{name}_se", 0 * importance[name]) / scale
             axis.errorbar(importance["layer"], importance[name] / scale, error, color=BLUE, marker="o", ms=2.5, lw=0.6)
             axis.set_title(title(name))
             axis.set_yscale("symlog", linthresh=1)
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
@@ -194,10 +196,14 @@ def _against(axis: Axes, importance: pd.DataFrame, score: str, causal: str) -> N
     error = {"xerr": importance[f"{score}_se"], "yerr": importance[f"{causal}_se"]}
     style = {"ls": "", "marker": "o", "ms": 3, "color": BLUE, "elinewidth": 0.6}
     axis.errorbar(importance[score], importance[causal], **error, **style)
-    for row in importance.nlargest(4, causal).to_dict("records"):
-        place = (row[score], row[causal])
-        axis.annotate(str(row["layer"]), place, textcoords="offset points", xytext=(4, 3), size=7)
+    best = importance.nlargest(4, causal).sort_values(score)
+    for place, row in enumerate(best.to_dict("records")):  # the first number on the other side: neighbours do not meet
+        side = {"xytext": (4, 3), "ha": "left"} if place else {"xytext": (-4, 3), "ha": "right"}
+        axis.annotate(f"{row['layer']:.0f}", (row[score], row[causal]), textcoords="offset points", size=7, **side)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yscale("symlog", linthresh=0.1)
 
 
@@ -234,3 +240,53 @@ def f1_saturation(coalitions: pd.DataFrame, causal: pd.DataFrame, cap: float) ->
         right.legend()
     plt.close(figure)
     return figure
+
+
+CONVERGED = 0.9  # Kendall's tau between halves of the text; below it layers of similar score change places
+
+
+def t1_findings(read: Read) -> pd.DataFrame:
+    """t1_findings: how much of the reported pattern each score finds, how far it agrees with a layer's worth."""
+    importance, causal, found = read("t1_importance"), read("t1_causal"), Findings()
+    depth = len(importance)
+    pattern = set(reported.at_depth(tuple(reported.TOP10), depth))
+    found.add("t1_importance", "layers", depth)
+    found.add("t1_importance", "pattern_by_chance", len(pattern) ** 2 / depth, n=len(pattern), unit="layers")
+    names = [name for name in SCORES if name in importance]
+    for score in names:
+        best = importance.nlargest(len(pattern), score)["layer"].tolist()
+        found.add("t1_importance", f"pattern_{score}", len(pattern & set(best)), n=len(pattern), unit="layers",
+                  text=", ".join(map(str, best)))  # fmt: skip
+    ranks = importance["combined"].rank(ascending=False)
+    found.add("t1_importance", "rank_of_first_layer", ranks.iloc[0], n=depth, unit="rank by the combined score")
+    found.add("t1_importance", "rank_of_last_layer", ranks.iloc[-1], n=depth, unit="rank by the combined score")
+    least = importance["leave_one_out"]
+    found.add("t1_importance", "leave_one_out_median", least.median(), unit="nats/token", n=depth)
+    found.add("t1_importance", "leave_one_out_least", least.min(), unit="nats/token", text=str(least.idxmin()))
+    found.add("t1_saturation", "coalitions", read("t1_saturation")["n"].sum(), unit="coalitions")
+    for name in ("shapley", "shapley_uncapped"):
+        error = causal[f"{name}_se"].max() / causal[name].abs().max()
+        found.add("t1_causal", f"{name}_error", error, unit="largest standard error / largest value")
+    _agreement(found, read("t1_agreement").set_index(["score_a", "score_b"]), names)
+    return found.frame()
+
+
+def _agreement(found: Findings, taus: pd.DataFrame, names: Sequence[str]) -> None:
+    """Adds Kendall's tau of each score between halves of the text, and with what removing layers says."""
+    halves = pd.Series({name: taus.loc[(name, name), "kendall_tau"] for name in names})
+    for name, tau in halves.items():
+        found.add("t1_agreement", f"halves_tau_{name}", tau, unit="Kendall's tau")
+    found.add("t1_agreement", "scores_converged", (halves >= CONVERGED).sum(), n=len(halves),
+              unit="scores whose tau between halves is at least that of the text", text=str(CONVERGED))  # fmt: skip
+    cheap = [name for name in names if name not in CAUSAL]
+    for causal in CAUSAL:
+        for name in cheap:
+            found.add("t1_agreement", f"tau_{causal}_{name}", *ends(taus.loc[(name, causal)], "kendall_tau"),
+                      unit="Kendall's tau")  # fmt: skip
+    nearest = max(cheap, key=lambda name: taus.loc[(name, "leave_one_out"), "kendall_tau"])
+    for causal in CAUSAL:
+        row = taus.loc[(nearest, causal)]
+        found.add("t1_agreement", f"tau_{causal}_nearest", *ends(row, "kendall_tau"), unit="Kendall's tau",
+                  text=nearest)  # fmt: skip
+    row = taus.loc[CAUSAL]
+    found.add("t1_agreement", "tau_leave_one_out_shapley", *ends(row, "kendall_tau"), unit="Kendall's tau")

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from paper_src import InputError, stats
+from paper_src.reporting import reported
+from paper_src.reporting.findings import Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import passes, title
 from paper_src.selection import STRATEGIES, KeptLayers, kept_text, kept_tuple
@@ -111,6 +113,7 @@ def f2_selection(selected: pd.DataFrame, strategies: pd.DataFrame, k: int, depth
         depth: number of layers L.
     """
     rows = selected[(selected["k"] == k) & ~selected["strategy"].isin(["random", "chosen"])]
+    rows = rows.sort_values("strategy", key=lambda names: names.map(list(dict.fromkeys(names)).index), kind="stable")
     names = {kept: _names(same) for kept, same in rows.groupby("kept", sort=False)}
     judged = strategies[strategies["k"] == k]
     quality = judged.dropna(subset="kept").drop_duplicates("kept").set_index("kept")["ppl_ratio"]
@@ -126,11 +129,12 @@ def f2_selection(selected: pd.DataFrame, strategies: pd.DataFrame, k: int, depth
         left.set_xticks(np.arange(0, depth, step) + 0.5, range(0, depth, step))
         left.set_xlabel("layer")
         left.set_title(f"Layers kept at k = {k} of {depth}")
-        for height, kept in enumerate(order):
-            if kept in quality:
-                right.plot(quality[kept], height + 0.5, "o", color=BLUE, ms=4)
-                _beside(right, f"{quality[kept]:,.3g}" if quality[kept] < 1e3 else f"{quality[kept]:,.0f}",
-                        quality[kept], height + 0.5)  # fmt: skip
+        for height, kept in enumerate(kept for kept in order if kept in quality):
+            right.plot(quality[kept], height + 0.5, "o", color=BLUE, ms=4)
+            text = f"{quality[kept]:.3g}" if quality[kept] < 1e3 else f"{quality[kept]:.1e}".replace("e+0", "e")
+            _beside(right, text, quality[kept], height + 0.5)
+        if unjudged := len(order) - len(set(order) & set(quality.index)):
+            right.text(0.5, unjudged / len(order) / 2, "not judged", transform=right.transAxes, ha="center")
         random = judged.loc[judged["strategy"] == "random", "ppl_ratio"]
         right.axvline(random.item() if len(random) else np.nan, color=GREY, lw=1, ls="--", label="random, mean")
         _log_with_room(right)
@@ -141,21 +145,21 @@ def f2_selection(selected: pd.DataFrame, strategies: pd.DataFrame, k: int, depth
     return figure
 
 
-def _names(same: pd.DataFrame, most: int = 3) -> str:
-    """The strategies that found one selection, by title: ``top k: Fisher, gradient norm; ShortGPT``."""
-    found = {}
-    for row in same.itertuples():
-        found.setdefault(row.strategy, []).append(row.score)
-    parts = []
-    for strategy, scores in found.items():
-        more = f" +{len(scores) - most}" if len(scores) > most else ""
-        rest = "".join(f", {title(score)}" for score in scores[1:most])
-        parts.append(label(strategy, scores[0]) + rest + more)
-    return "; ".join(parts)
+def _names(same: pd.DataFrame, width: int = 62) -> str:
+    """The strategies that found one selection, as many as fit: ``top k: Fisher (true), gradient norm; SLEB +2``."""
+    pieces, last = [], None
+    for strategy, score in zip(same["strategy"], same["score"], strict=True):
+        pieces.append(f", {title(score)}" if strategy == last else f"; {label(strategy, score)}")
+        last = strategy
+    text, *others = pieces
+    while others and len(text) + len(others[0]) < width:
+        text += others.pop(0)
+    return text.removeprefix("; ") + (f" +{len(others)}" if others else "")
 
 
 def _beside(axis: Axes, text: str, x: float, y: float) -> None:
-    axis.annotate(text, (x, y), size=6.5, textcoords="offset points", xytext=(6, -2))
+    ground = {"fc": "white", "lw": 0, "pad": 0.2}  # over grid lines
+    axis.annotate(text, (x, y), size=6.5, textcoords="offset points", xytext=(6, -2), bbox=ground)
 
 
 def _log_with_room(axis: Axes) -> None:
@@ -187,7 +191,7 @@ def f2_strategies(strategies: pd.DataFrame) -> Figure:
                 ring = {"mec": RED, "mew": 1.8, "ms": 8} if row.chosen else {"ms": 5}
                 axis.plot(row.ppl_ratio, height, "o", color=colour(row.strategy), **ring)
                 if row.strategy != "random":
-                    _beside(axis, f"{row.forward_tokens / 1e3:.0f}k", row.ppl_ratio, height)
+                    _beside(axis, f"{row.forward_tokens / 1e3:.0f}", row.ppl_ratio, height)
             _log_with_room(axis)
             axis.set_title(f"k = {k}")
         first = axes[0, 0]
@@ -199,3 +203,27 @@ def f2_strategies(strategies: pd.DataFrame) -> Figure:
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     plt.close(figure)
     return figure
+
+
+def t2_findings(read: Read) -> pd.DataFrame:
+    """t2_findings: how many of the reported layers are selected here, and what validation text chooses."""
+    table, strategies, found = read("t2_selection"), read("t2_strategies"), Findings()
+    depth = len(read("t1_importance"))
+    expected = set(reported.at_depth(reported.RECOMMENDED, depth))
+    smallest = table["k"].min()
+    found.add("t2_selection", "k_smallest", smallest, unit="layers")
+    found.add("t2_selection", "recommended_by_chance", smallest * len(expected) / depth, unit="layers")
+    own = table[(table["strategy"] == "distributed") & (table["k"] == smallest)].set_index("score")["kept"]
+    for score in ("fisher", "combined"):
+        inside = len(expected & set(kept_tuple(own[score])))
+        found.add("t2_selection", f"recommended_{score}", inside, n=min(len(expected), smallest), unit="layers",
+                  text=own[score].replace(" ", ", "))  # fmt: skip
+    best = strategies[strategies["chosen"]].set_index("k")
+    for role, k in (("smallest", best.index.min()), ("largest", best.index.max())):
+        row = best.loc[k]
+        found.add("t2_strategies", f"chosen_{role}", row["ppl_ratio"], unit="perplexity / full, validation text",
+                  text=row["strategy"])  # fmt: skip
+        found.add("t2_strategies", f"chosen_{role}_kept", k, unit="layers", text=row["kept"].replace(" ", ", "))
+        found.add("t2_strategies", f"chosen_{role}_tokens", row["forward_tokens"], unit="tokens through the full model")
+        found.add("t2_strategies", f"chosen_{role}_seconds", row["seconds"], unit="s")
+    return found.frame()

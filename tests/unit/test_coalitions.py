@@ -14,7 +14,7 @@ from paper_src import coalitions, fidelity, models
 from paper_src.coalitions import Evaluator, leave_one_out, shapley
 from paper_src.compaction import compact
 from paper_src.layers import SubsetRunner
-from paper_src.store import Store
+from paper_src.scale.store import Store
 
 METRICS = ("nll_nats", "kl_nats", "cosine", "cosine_centred", "nll_capped_nats", "mse", "top1_agreement")
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from paper_src import scoring
 from paper_src.models import decoder_layers, load_model, offloaded
-from paper_src.scoring import SINK_RATIO, LayerScores, _squared_norms, combined_score, score_layers, weight_taylor
+from paper_src.scoring import LayerScores, combined_score, score_layers, weight_taylor
+from paper_src.sums import SINK_RATIO, _squared_norms, frozen
 
 
 def gradients_by_backward(model, blocks):
@@ -368,7 +369,7 @@ def test_the_standard_error_is_that_of_the_rows():
 def test_layer_by_layer_is_the_same(full, make_blocks):
     """The way of models that do not fit, on models that do."""
     blocks, layers = make_blocks(3, 12), decoder_layers(full)
-    with scoring._frozen(full), torch.enable_grad():
+    with frozen(full), torch.enable_grad():
         (expected, ends), (found, also) = (
             score(full, layers, blocks, None) for score in (scoring._score_batch, scoring._score_layerwise)
         )

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError
+from paper_src.coalitions import Evaluation
 from paper_src.selection import KeptLayers, kept_text, kept_tuple
 
 CODE = ("models.py", "layers.py", "fidelity.py", "coalitions.py")  # evaluations by older code are not read
@@ -21,14 +21,6 @@ TABLE = (
     "CREATE TABLE IF NOT EXISTS evaluation"
     " (known_by TEXT, kept TEXT, metrics TEXT, layer_runs INT, seconds REAL, PRIMARY KEY (known_by, kept))"
 )
-
-
-class Evaluation(NamedTuple):
-    """Metrics of one subset, the layers that were run to compute them, and the seconds it took."""
-
-    values: tuple[float, ...]
-    layer_runs: int
-    seconds: float
 
 
 class Store:
@@ -42,7 +34,7 @@ class Store:
 
     def __init__(self, path: Path, model: PreTrainedModel):
         path = Path(path)
-        code = [Path(__file__).with_name(name).read_bytes() for name in CODE]
+        code = [Path(__file__).parents[1].joinpath(name).read_bytes() for name in CODE]
         versions = [version(package) for package in ("torch", "transformers")]
         words = [*code, *versions, model.device.type, model.config.to_json_string()]
         self._model = _digest(model.state_dict().values(), *words)

@@ -1,0 +1,212 @@
+"""Sums that hooks take while a pass runs: each layer's gradient and activation statistics, sequence by sequence.
+
+Nothing is accumulated in ``.grad``: the weights stay frozen, so autograd carries only activation gradients, and hooks
+reduce each weight's gradient to a few numbers a sequence the moment its parts are known. For a linear layer with input
+X and output gradient G (T tokens each) the per-sequence gradient is G'X, and its squared norm is taken from the smaller
+of G'X itself and the two T x T Gram matrices: ||G'X||^2 = sum(XX' * GG')  (Goodfellow 2015, arXiv:1510.01799, extended
+from vectors to sequences).
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from paper_src import InputError
+
+SINK_RATIO = 10.0  # an attention-sink token's norm is above this many times the sequence's median norm
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside; afterwards each is as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def watch(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Let ``reduce`` see the parameter's gradient as soon as it is known, then let it go; returns what undoes this."""
+    before, parameter.grad = parameter.grad, None
+    parameter.requires_grad_(True)  # frozen puts it back
+
+    def hook(parameter: Tensor) -> None:
+        reduce(parameter)
+        parameter.grad = None
+
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+
+    def undo() -> None:
+        handle.remove()
+        parameter.grad = before
+
+    return undo
+
+
+class GradientSums:
+    """Per-sequence ||g||^2 and theta . g of each layer, summed by hooks during one backward pass."""
+
+    def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int, device: torch.device | None = None):
+        device = device or next(layers.parameters()).device
+        self.tokens = tokens
+        self.squared = torch.zeros(batch_size, len(layers), dtype=torch.float64, device=device)
+        self.inner = torch.zeros_like(self.squared)
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.undo: list[Callable] = []
+        for index, layer in enumerate(layers):
+            for name, module in layer.named_modules():
+                own = list(module.parameters(recurse=False))
+                if isinstance(module, nn.Linear | Conv1D) or all(parameter.ndim == 1 for parameter in own):
+                    if own:
+                        self.undo.append(module.register_forward_hook(self._forward_hook(index, name)).remove)
+                elif batch_size == 1:
+                    self.undo += [watch(parameter, functools.partial(self._add, index)) for parameter in own]
+                else:  # experts and routers: their gradients are known for the whole batch only
+                    self.remove()
+                    raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
+
+    def remove(self) -> None:
+        """Take the hooks off and let go of what they hold."""
+        for undo in self.undo:
+            undo()
+        self.inputs.clear()
+
+    def _add(self, index: int, parameter: Tensor) -> None:
+        self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
+        self.inner[0, index] += _sum_products(parameter.grad[None], parameter.detach()[None])[0]
+
+    def _forward_hook(self, index: int, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            x = args[0] if args else None
+            batch_size = len(self.squared)
+            tensors = isinstance(x, Tensor) and isinstance(output, Tensor)
+            if not tensors or len(x) not in (batch_size, batch_size * self.tokens):
+                raise InputError(
+                    f"layer {index}, {name}: its input does not start with the batch of {batch_size}; "
+                    "score this model with batch_size=1"
+                )
+            if module in self.inputs:
+                raise InputError(f"layer {index}, {name} is used twice in one pass: its weights are shared")
+            self.inputs[module] = x.detach()
+            value, version = output.detach(), output._version
+
+            @torch.no_grad()
+            def reduce(gradient: Tensor) -> None:
+                # an in-place sum (Falcon's MLP and attention) has overwritten the output: make it again
+                known = value if value._version == version else module.forward(self.inputs[module])
+                self._reduce(index, module, known, gradient)
+
+            output.register_hook(reduce)
+
+        return hook
+
+    @torch.no_grad()
+    def _reduce(self, index: int, module: nn.Module, output: Tensor, gradient: Tensor) -> None:
+        x = self.inputs.pop(module)
+        size = len(self.squared)
+        if len(x) != size:  # OPT flattens (B, T, .) to (B T, .)
+            x, gradient, output = (tensor.unflatten(0, (size, -1)) for tensor in (x, gradient, output))
+        if isinstance(module, nn.Linear | Conv1D):
+            x, gradient, output = (tensor.flatten(1, -2) for tensor in (x, gradient, output))  # (B, T, .)
+            squared = _squared_norms(x, gradient)
+            if module.bias is not None:
+                squared += _sum_squares(gradient.sum(dim=1))
+            # theta . g over weight and bias together: sum_t G_t . (W X_t + b), and W X_t + b is the output
+            inner = _sum_products(gradient, output)
+        else:
+            squared, inner = _small_module(module, x, gradient)
+        self.squared[:, index] += squared
+        self.inner[:, index] += inner
+
+
+def _squared_norms(x: Tensor, gradient: Tensor) -> Tensor:
+    """(B,) float64 ||G'X||^2 of x (B, T, n) and gradient (B, T, m), by the cheaper of two exact ways."""
+    tokens, width_in, width_out = x.shape[1], x.shape[2], gradient.shape[2]
+    if tokens * (width_in + width_out) < width_in * width_out:
+        return _sum_products(x @ x.mT, gradient @ gradient.mT)  # Gram matrices, (B, T, T)
+    return torch.stack([_sum_squares((g.mT @ row)[None])[0] for g, row in zip(gradient, x, strict=True)])
+
+
+def _small_module(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) ||g||^2 and theta . g of a module that is no linear map (a norm), by vmapped backward."""
+    parameters = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
+    bare = copy.copy(module)  # the same weights without our hooks
+    bare._forward_hooks = {}
+
+    def weight_gradient(row: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+        def run(values: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(bare, values, (row[None],))[0]
+
+        return torch.func.vjp(run, parameters)[1](upstream)[0]
+
+    with torch.enable_grad():
+        gradients = torch.func.vmap(weight_gradient)(x, gradient)  # each (B, *shape of the parameter)
+    squared = sum(_sum_squares(value) for value in gradients.values())
+    inner = sum(_sum_products(value, parameters[name][None]) for name, value in gradients.items())
+    return squared, inner
+
+
+def _sum_products(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) float64 sums over all but the first axis of a * b."""
+    return (a.float() * b.float()).flatten(1).sum(dim=1, dtype=torch.float64)
+
+
+def _sum_squares(a: Tensor) -> Tensor:
+    return _sum_products(a, a)
+
+
+class ActivationSums:
+    """Per-sequence statistics of each layer's input and output, taken by hooks during the forward pass."""
+
+    def __init__(self, layers: nn.ModuleList):
+        self.columns: dict[str, list[Tensor]] = {}
+        self.ends: list[Tensor] = []
+        self.handles = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in layers]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _hook(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+        before = (args[0] if args else kwargs["hidden_states"]).detach().float()  # (B, T, d)
+        after = (output[0] if isinstance(output, tuple) else output).detach().float()
+        norms = after.norm(dim=-1)  # (B, T)
+        keep = norms <= SINK_RATIO * norms.median(dim=1, keepdim=True).values
+        cosine = functional.cosine_similarity(before, after, dim=-1)  # (B, T)
+        values = {"block_influence": 1 - cosine.double().mean(dim=1)}
+        values |= _moments(after, torch.ones_like(keep), "")
+        values |= _moments(after, keep, "_no_sink")
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
+        if not self.ends:
+            self.ends.append(before[:, -1].cpu())
+        self.ends.append(after[:, -1].cpu())
+
+
+def _moments(states: Tensor, keep: Tensor, suffix: str) -> dict[str, Tensor]:
+    """(B,) variance, mean |h| and kurtosis of states (B, T, d) where ``keep`` (B, T)."""
+    weight = keep.unsqueeze(-1)
+    count = keep.sum(dim=1, dtype=torch.float64) * states.shape[-1]
+
+    def average(values: Tensor) -> Tensor:
+        return (values * weight).sum(dim=(1, 2), dtype=torch.float64) / count
+
+    centred = states - average(states).float()[:, None, None]
+    square = centred.square()
+    variance = average(square)
+    return {
+        f"activation_variance{suffix}": variance,
+        f"activation_mean_abs{suffix}": average(states.abs()),
+        f"activation_kurtosis{suffix}": average(square.square()) / variance.square(),
+    }
