@@ -89,7 +89,7 @@ def test_prose_holds_no_number_of_its_own():
         prose = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|`[^`]*`|\([^)]*\)", "", text, flags=re.DOTALL)
         prose = re.sub(r"^## \d\.", "", prose, flags=re.MULTILINE)
         found = set(re.findall(r"(?<![\w.@])\d[\d.,]*\d%?|(?<![\w.@-])\d%?(?![\w-])", prose))
-        assert found <= {"95%", "4", "8", "1"}, found  # of intervals; bits; a ratio of one
+        assert found <= {"95%", "0.05", "4", "8", "1"}, found  # levels; bits; a ratio of one
 
 
 def test_both_readmes_have_the_same_numbers_links_and_commands():
