@@ -89,5 +89,6 @@ for notebook in NOTEBOOKS:
         output:
             outputs(notebook),
         threads: THREADS
+        priority: 100 - int(notebook.stem[:2])  # in the paper's order, as far as they are free
         shell:
             RUN
