@@ -28,7 +28,7 @@ rule scores:
     params:
         name=lambda wild: MODELS[wild.model],
     shell:
-        f"{sys.executable}{MANY} -m paper_src.scale.scores '{{params.name}}' {{output}} {TEXT}"
+        f"{sys.executable}{MANY} -m paper_src.scale scores '{{params.name}}' {{output}} {TEXT}"
         f" --sequences {config['sequences']} --seed {{wildcards.seed}}"
 
 
@@ -40,7 +40,7 @@ rule cell:
     params:
         name=lambda wild: MODELS[wild.model],
     shell:
-        f"{sys.executable} -m paper_src.scale.sweep cell '{{params.name}}' {{input}} {{output}} {TEXT} --blocks {config['blocks']}"
+        f"{sys.executable} -m paper_src.scale cell '{{params.name}}' {{input}} {{output}} {TEXT} --blocks {config['blocks']}"
         " --strategy {wildcards.strategy} --score {wildcards.score} --k {wildcards.k} --seed {wildcards.seed}"
 
 
@@ -53,4 +53,4 @@ rule table:
     output:
         f"{OUT}/sweep.csv",
     shell:
-        f"{sys.executable} -m paper_src.scale.sweep table {{output}} {{input}}"
+        f"{sys.executable} -m paper_src.scale table {{output}} {{input}}"

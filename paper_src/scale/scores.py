@@ -1,14 +1,7 @@
-"""Scores of every layer as one table, from one process or many.
-
-python -m paper_src.measure owner/name scores.csv
-torchrun --nproc-per-node 8 -m paper_src.measure owner/name scores.csv --sequences 4096 --leave-one-out 64
-"""
+"""Scores of every layer as one table, from one process or many."""
 
 import argparse
-import os
-import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,11 +10,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError, coalitions, data, models, scoring
-from paper_src.files import replacing
 from paper_src.processes import ALONE, Processes
-from paper_src.scale import launch
 
-ENDED = "another process of this run has ended: no table was written"
+
+def scores(use: argparse.Namespace) -> pd.DataFrame:
+    """Score every layer of a model: a row a layer."""
+    if use.shapley and not use.leave_one_out:
+        raise InputError("--shapley needs the windows of --leave-one-out: give their number")
+    loaded = models.load_model(use.model, use.dtype, use.device)
+    text, _ = data.load_text(use.text, "train")
+    blocks = data.token_blocks(loaded.tokenizer, text, use.sequences, use.length, use.seed)
+    if use.processes.rank == 0:
+        print(f"{len(blocks)} sequences, {use.processes.world} processes: scoring", file=sys.stderr, flush=True)
+    table = layer_scores(loaded.model, blocks, use.batch_size, use.processes)
+    if not use.leave_one_out:
+        return table
+    more = data.token_blocks(loaded.tokenizer, text, use.leave_one_out, use.length, use.seed + 1)
+    return table.merge(causal_scores(loaded.model, more, use.shapley, use.processes), on="layer")
 
 
 def layer_scores(
@@ -65,57 +70,3 @@ def causal_scores(
         values = coalitions.shapley(evaluators, shapley_target, processes=processes)
         frame = frame.assign(shapley=values.mean[:, 0], shapley_se=values.standard_error[:, 0])
     return frame
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="registry name, local folder or .gguf, or hub id")
-    parser.add_argument("table", type=Path, help="CSV to write")
-    parser.add_argument("--text", default="wikitext-2")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--leave-one-out", type=int, default=0, metavar="WINDOWS")
-    parser.add_argument("--shapley", type=float, default=0.0, metavar="ERROR", help="needs --leave-one-out")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, disk (weights are read when needed), spread")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *ignored: _stop(ENDED))  # the launcher ends all when one has died
-    try:
-        with launch.started() as shared:
-            _run(arguments, shared)
-    except InputError as error:
-        _stop(str(error))
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ:
-            raise
-        _stop(f"{ENDED} ({str(error).splitlines()[0][:120]})")
-
-
-def _run(arguments: argparse.Namespace, shared: Processes) -> None:
-    if arguments.shapley and not arguments.leave_one_out:
-        raise InputError("--shapley needs the windows of --leave-one-out: give their number")
-    loaded = models.load_model(arguments.model, arguments.dtype, arguments.device)
-    text, _ = data.load_text(arguments.text, "train")
-    blocks = data.token_blocks(loaded.tokenizer, text, arguments.sequences, arguments.length, arguments.seed)
-    if shared.rank == 0:
-        print(f"{len(blocks)} sequences, {shared.world} processes: scoring", file=sys.stderr, flush=True)
-    table = layer_scores(loaded.model, blocks, arguments.batch_size, shared)
-    if windows := arguments.leave_one_out:
-        more = data.token_blocks(loaded.tokenizer, text, windows, arguments.length, arguments.seed + 1)
-        table = table.merge(causal_scores(loaded.model, more, arguments.shapley, shared), on="layer")
-    if shared.rank == 0:
-        with replacing(arguments.table) as part:
-            table.to_csv(part, index=False)
-        print(f"{len(table)} layers of {loaded.name}: {arguments.table}", flush=True)
-
-
-def _stop(reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
-    os._exit(1)  # other threads may wait for the dead process
-
-
-if __name__ == "__main__":
-    main()

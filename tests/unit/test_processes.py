@@ -41,7 +41,7 @@ def run(command: list[str]) -> None:
 
 
 def measure(processes: int, table: Path, *more: str) -> pd.DataFrame:
-    run(launched(processes, "-m", "paper_src.scale.scores", str(MODEL), str(table), *SETTINGS, *more))
+    run(launched(processes, "-m", "paper_src.scale", "scores", str(MODEL), str(table), *SETTINGS, *more))
     return pd.read_csv(table)
 
 
@@ -71,11 +71,11 @@ def test_two_processes_refit_as_one(tmp_path):
 def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
     table = tmp_path / "scores.csv"
     much = ["--sequences", "700", "--batch-size", "1"]
-    command = launched(2, "-m", "paper_src.scale.scores", str(MODEL), str(table), *SETTINGS, *much)
+    command = launched(2, "-m", "paper_src.scale", "scores", str(MODEL), str(table), *SETTINGS, *much)
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert any("2 processes: scoring" in line for line in iter(process.stderr.readline, ""))
     workers = [child for child in psutil.Process(process.pid).children(recursive=True)
-               if "paper_src.scale.scores" in child.cmdline()]  # fmt: skip
+               if "paper_src.scale" in child.cmdline()]  # fmt: skip
     workers[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
