@@ -144,7 +144,7 @@ def measured(on: Setting, by: Measurement, model: PreTrainedModel, k: int) -> di
     return row | (zero_shot.zero_shot(model, by.tokenizer, by.items) if asked else {})
 
 
-def t7_baselines(rows: Sequence[dict[str, object]], full: PreTrainedModel) -> pd.DataFrame:
+def t7_baselines(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge: Judge) -> pd.DataFrame:
     """t7_baselines: the full model, each method as it is, then those that were trained here.
 
     Ratios are to the full model in its own dtype, ``*_share`` to the full model in float32.
@@ -153,7 +153,8 @@ def t7_baselines(rows: Sequence[dict[str, object]], full: PreTrainedModel) -> pd
     frame.loc[frame["name"] == "full", "k"] = full.config.get_text_config().num_hidden_layers
     frame["status"] = frame["status"].fillna("") if "status" in frame else ""
     single = 4 * count_parameters(full)
-    return frame.assign(memory_share=frame["memory_bytes"] / single, disk_share=frame["disk_bytes"] / single)
+    shares = {"memory_share": frame["memory_bytes"] / single, "disk_share": frame["disk_bytes"] / single}
+    return frame.assign(**shares, n_tokens=judge.first.blocks.numel())
 
 
 def frontier(frame: pd.DataFrame, cost: str, larger_is_better: bool) -> pd.Series:
@@ -199,8 +200,8 @@ WORST = 1000  # a perplexity ratio above it is a failure
 
 def f7_pareto(table: pd.DataFrame) -> Figure:
     """Every method, the best perplexity on top, with what it buys: speed beside the full model, bytes of its weights.
-    Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5. n: the test
-    tokens of section 7; bars: 95% bootstrap over windows, for speed over timed rounds. The line is the frontier: no
+    Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5. n: `n_tokens` of
+    t7_baselines; bars: 95% bootstrap over windows, for speed over timed rounds. The line is the frontier: no
     method above it is as fast, or as small. Perplexities above 1,000 times the full model's are left out and counted.
     """
     known = table[table["ppl_ratio"].notna()]

@@ -41,7 +41,7 @@ SERIES = (
 
 def f9_overview(recovery: pd.DataFrame, baselines: pd.DataFrame) -> Figure:
     """Quality against measured speed for removed layers, as cut, after the closed form and after distillation, beside
-    narrower layers, low rank and int8 weights. n: the test windows of sections 5 and 7; bars: 95% bootstrap over
+    narrower layers, low rank and int8 weights. n: `n_tokens` of t5_recovery; bars: 95% bootstrap over
     windows for the perplexity, over timed rounds for the prefill's speedup, of which three give no more than their
     range. Hollow: not trained; filled: trained, with the budget of section 5 ("distilled") or, equal for all methods,
     with the small one of section 7 ("short training").

@@ -49,7 +49,7 @@ def compared(setting, measurement, jobs):
                 small, cost = rows.trained(setting, name, k, small)
                 row.update(cost)
             row.update(rows.measured(setting, measurement, small, k))
-    return rows.t7_baselines(finished.rows, setting.full)
+    return rows.t7_baselines(finished.rows, setting.full, measurement.judge)
 
 
 def test_bytes_are_those_of_the_weights(setting):
