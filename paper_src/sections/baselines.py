@@ -200,9 +200,9 @@ WORST = 1000  # a perplexity ratio above it is a failure
 
 def f7_pareto(table: pd.DataFrame) -> Figure:
     """Every method, the best perplexity on top, with what it buys: speed beside the full model, bytes of its weights.
-    Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5. n: `n_tokens` of
-    t7_baselines; bars: 95% bootstrap over windows, for speed over timed rounds. The line is the frontier: no
-    method above it is as fast, or as small. Perplexities above 1,000 times the full model's are left out and counted.
+    Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5. n: `n_tokens`
+    of t7_baselines; bars: 95% bootstrap over windows, for speed over timed rounds. The line is the frontier: no method
+    above it is as fast, or as small. Perplexities above 1,000 times the full model's are left out and counted.
     """
     known = table[table["ppl_ratio"].notna()]
     rows = known[known["ppl_ratio"] <= WORST].sort_values("ppl_ratio", kind="stable")
