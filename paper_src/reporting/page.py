@@ -66,7 +66,7 @@ def functions(folder: Path) -> dict[str, str]:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
     found = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
     told = {node.name: (ast.get_docstring(node) or "").split("\n\n")[0] for node in found}
-    return {name: " ".join(text.replace("``", "").split()) for name, text in told.items()}
+    return {name: " ".join(text.replace("`", "").split()) for name, text in told.items()}
 
 
 class Page:
