@@ -9,7 +9,7 @@ from scipy.stats import hypergeom
 
 from paper_src import InputError
 from paper_src.files import replacing
-from paper_src.reporting.findings import Finding, load
+from paper_src.reporting.findings import load
 
 PATTERNS = ("fisher", "combined", "leave_one_out", "shapley")
 
@@ -30,7 +30,7 @@ def row(tables: Path) -> dict[str, object]:
             raise InputError(f"{tables / name} is missing: run ./reproduce.sh --model NAME first")
         return tables / name
 
-    found: dict[str, Finding] = load(lambda name: pd.read_csv(file(f"{name}.csv")))
+    found = load(lambda name: pd.read_csv(file(f"{name}.csv")))
     for section in range(1, 6):
         file(f"t{section}_findings.csv")
     made = json.loads(file("01_importance.json").read_text(encoding="utf-8"))["model"]
@@ -68,11 +68,7 @@ def row(tables: Path) -> dict[str, object]:
 
 
 def write(table: Path, folders: Sequence[Path]) -> str:
-    """Write t9_models as ``table`` .csv and .md, a row for each folder of tables; returns the latter.
-
-    Raises:
-        InputError: of :func:`row`.
-    """
+    """Write t9_models as ``table`` .csv and .md, a :func:`row` for each folder of tables; returns the latter."""
     frame = pd.DataFrame([row(folder) for folder in folders])
     short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
     text = short.set_index("model").T.to_markdown(disable_numparse=True)
