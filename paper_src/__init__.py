@@ -1,7 +1,6 @@
 """Which layers of a Transformer matter: scoring, selection and compaction, measured.
 
-Each module holds one idea; the notebooks call them in order. Import the module you need,
-for example ``from paper_src import models, scoring``.
+Each module holds one idea: import the one you need, for example ``from paper_src import models, scoring``.
 """
 
 import logging
@@ -9,8 +8,6 @@ import warnings
 
 # tqdm.auto, which transformers imports, asks for ipywidgets in a notebook; our bars are plain text
 warnings.filterwarnings("ignore", message="IProgress not found")
-
-
 # transformers imports torchao, which reports each kernel of other hardware that it cannot load
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

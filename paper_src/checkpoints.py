@@ -53,8 +53,7 @@ class OneDevice(TrainingArguments):
 class WatchedTrainer(Trainer):
     """A Trainer whose evaluation is :meth:`measure`, done before the first step and after the last as well.
 
-    It stops after ``patience`` looks without progress. ``spent`` adds up the seconds of its steps, those before a
-    resumption as well.
+    It stops after ``patience`` looks without progress. ``spent`` are the seconds of all steps, over resumptions.
     """
 
     def __init__(self, patience: int, **arguments):

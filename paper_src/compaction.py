@@ -18,15 +18,11 @@ INDEX_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
 
 
 def compact(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of ``model``'s class with only the layers ``kept``, in this order.
+    """A model of ``model``'s class with only the layers ``kept``: increasing indices, each in [0, L).
 
     The modules are new, the weights are the caller's own tensors: no memory is spent, and what trains
     one model trains the other (``copy.deepcopy`` the result to part them). Layer numbers for the KV
     cache and every per-layer entry of the configuration are rewritten.
-
-    Args:
-        model: the full model; it is not changed.
-        kept: layer indices, increasing, each in [0, L).
 
     Raises:
         InputError: an index out of range or order, or a family whose layers cannot be renumbered.
@@ -60,29 +56,20 @@ def cut_config_(config: PretrainedConfig, kept: Sequence[int]) -> None:
 
 
 def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: str | Path,
-    source: str,
-    kept: Sequence[int],
-    depth: int,
-    note: str = "",
-    trained: bool = False,
-) -> Path:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, source: str,
+    kept: Sequence[int], depth: int, note: str = "", trained: bool = False,
+) -> Path:  # fmt: skip
     """Write ``model`` as a standard checkpoint (safetensors, configuration, tokenizer, model card).
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` loads it without this package. The folder appears only when it
     is complete. One that exists is replaced only if it is empty or this function wrote all that is in it.
 
     Args:
-        model: the compact model.
-        tokenizer: saved alongside, if given.
-        folder: target; neither the source model's folder, nor one that holds it or lies in it.
-        source: name or path of the full model, also for the card.
-        kept: the kept layers, of ``depth``, for the card.
+        folder: neither the source model's folder, nor one that holds it or lies in it.
+        source: name or path of the full model. This and what follows is for the card.
         depth: number of layers L of the full model.
-        note: how the layers were chosen, for the card.
-        trained: whether the kept layers were changed afterwards, for the card.
+        note: how the layers were chosen.
+        trained: whether the kept layers were changed afterwards.
 
     Raises:
         InputError: the folder may not be replaced or cannot be written, or a weight is NaN or Inf.
@@ -111,10 +98,9 @@ def _checked(kept: Sequence[int], depth: int) -> list[int]:
 
 
 def _require_standard(small: PreTrainedModel) -> None:
-    """Raise unless a model built from the new configuration alone has the same layers.
+    """Raise unless a model built from the new configuration alone, as ``from_pretrained`` does, has the same layers.
 
-    This is what ``from_pretrained`` will do. It finds every family that derives something from a
-    layer's position (a window, an expert block, a scale) and not from a list in its configuration.
+    Some families derive a window, an expert block or a scale from a layer's position, not from a list.
     """
     with torch.device("meta"):
         rebuilt = type(small)(copy.deepcopy(small.config))

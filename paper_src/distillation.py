@@ -49,16 +49,10 @@ class Distillation:
 
 @dataclass
 class Distilled:
-    """The trained model in the student's dtype, and what was seen on validation text at each look.
-
-    Attributes:
-        model: the state that was best on validation text; the student itself if no step made it better.
-        history: rows ``step`` (0 and each look), ``tokens`` (of every pass), ``seconds`` (training only), and the
-            metrics of validation text.
-    """
+    """The state that was best on validation text in the student's dtype; the student itself if no step was better."""
 
     model: PreTrainedModel
-    history: list[dict[str, float]]
+    history: list[dict[str, float]]  # of each look: step, tokens (of every pass), seconds (training only), metrics
 
 
 def distil(

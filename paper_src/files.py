@@ -32,12 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) -> Iterator[Path]:
     """A temporary folder to write to; it takes the name ``folder`` only when all went well.
 
-    Args:
-        folder: new, empty, or written by this function before and not added to since.
-        apart_from: paths that are read. Those that exist may neither be ``folder``, nor hold it, nor lie in it.
-
     Raises:
-        InputError: ``folder`` is not such a folder, or it cannot be written; what was there is as before.
+        InputError: see :func:`writable_folder`, or it cannot be written; what was there is as before.
     """
     target = writable_folder(folder, apart_from)
     try:
@@ -54,7 +50,11 @@ def replacing_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) 
 
 
 def writable_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) -> Path:
-    """``folder`` as an absolute path, if :func:`replacing_folder` may write it; else an InputError."""
+    """``folder`` as an absolute path, if it may be replaced.
+
+    It must be new, empty, or written by :func:`replacing_folder` and not added to since; and none of the paths
+    ``apart_from``, which are read, nor hold one, nor lie in one.
+    """
     name = str(folder)
     if name.strip("/ ") in ("", ".", "..") or Path(name).name == "..":
         raise InputError(f"folder {name!r}: give the folder a name of its own, such as models/compact")
@@ -83,10 +83,9 @@ def _strangers(folder: Path) -> str:
     except (OSError, ValueError, KeyError):
         known = {}
     files = {name: size for name, size in _sizes(folder).items() if not known or name != MARK}
-    strange = next((name for name, size in files.items() if known.get(name) != size), "")
-    return strange or next(
-        (str(path.name) for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())), ""
-    )
+    strange = [name for name, size in files.items() if known.get(name) != size]
+    strange += [path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]
+    return next(iter(strange), "")
 
 
 def _exchange(part: Path, target: Path, old: Path) -> None:

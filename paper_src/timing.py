@@ -28,19 +28,13 @@ _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _a
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed.
-
-    Attributes:
-        task: ``prefill_hidden`` (states of all tokens), ``prefill_logits`` (states and all logits) or
-            ``decode`` (``new_tokens`` greedy steps with the KV cache, after a prefill that is not timed).
-        batch: sequences.
-        length: tokens of each prompt.
-        new_tokens: decode steps; ignored for prefill.
+    """What is timed: ``task`` is ``prefill_hidden`` (states of all tokens), ``prefill_logits`` (and all logits) or
+    ``decode`` (``new_tokens`` greedy steps with the KV cache, after a prefill that is not timed).
     """
 
     task: str
-    batch: int
-    length: int
+    batch: int  # sequences
+    length: int  # tokens of each prompt
     new_tokens: int = 0
 
 
@@ -54,7 +48,6 @@ def compare_speed(
 
     Args:
         compact: k, or a name -> compact model, on the same device and in the same dtype.
-        seed: of the random token ids and of the bootstrap.
 
     Returns:
         Rows with the workload, ``k``, ``speedup`` and its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``,

@@ -6,17 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from paper_src.processes import ALONE, Processes
 
 
+class Launched(Processes):
+    """One of several processes: what they share is sent with torch.distributed."""
+
+    def gathered(self, own: object) -> list:
+        found = [None] * self.world
+        distributed.all_gather_object(found, own)
+        return found
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        distributed.all_reduce(tensor)
+        return tensor
+
+
 @contextmanager
 def started(minutes: float = 30) -> Iterator[Processes]:
-    """The ranks of this run: those of the launcher that started it, or this process alone.
+    """The processes of this run: those of the launcher that started it, or this one alone.
 
     Args:
-        minutes: a rank that says nothing for so long is taken for dead.
+        minutes: a process that says nothing for so long is taken for dead.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -26,6 +39,6 @@ def started(minutes: float = 30) -> Iterator[Processes]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size())
+        yield Launched(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

@@ -1,5 +1,6 @@
 """The judge of sections 5 and 7: a model beside the full one on every kind of text of one split."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import data, fidelity
+from paper_src import InputError, data, fidelity
 
 OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metrics on the first
 
@@ -19,7 +20,39 @@ def kind_of_text(name: str) -> str:
 
 def calibration(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int) -> Tensor:
     """(count, length) token ids of the calibration split of ``texts``, each as often as it is named."""
-    return data.mixed_blocks(tokenizer, [data.load_text(name, "train")[0] for name in texts], count, length, seed)
+    return mixed_blocks(tokenizer, [data.load_text(name, "train")[0] for name in texts], count, length, seed)
+
+
+def mixed_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
+) -> Tensor:
+    """(count, length) token ids: :func:`data.token_blocks` of each of ``texts`` in turn, twice if it is named twice.
+
+    A text too short for its share gives fewer, and the first one more.
+
+    Raises:
+        InputError: the first text is too short for what is left to it.
+    """
+    first, *others = dict.fromkeys(texts)
+    owners = [texts[index % len(texts)] for index in range(count)]
+    wanted = Counter(owners)
+    parts = {text: _as_many(tokenizer, text, wanted[text], length, seed) for text in others if wanted[text]}
+    rest = count - sum(map(len, parts.values()))
+    parts = {text: iter(blocks) for text, blocks in parts.items()}
+    parts[first] = iter(data.token_blocks(tokenizer, first, rest, length, seed))
+    found = [next(parts[text], None) for text in owners]
+    return torch.stack([next(parts[first]) if block is None else block for block in found])
+
+
+def _as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
+    """:func:`data.token_blocks`, or fewer where the text does not hold so many."""
+    while True:
+        try:
+            return data.token_blocks(tokenizer, text, count, length, seed)
+        except InputError:
+            if count == 1:
+                raise
+            count = max(1, count * 9 // 10)
 
 
 class Judge:

@@ -8,6 +8,7 @@ import torch
 
 from paper_src import data
 from paper_src.data import load_text, token_blocks
+from paper_src.sections import judge
 from paper_src.sources import sha256
 
 TEXT = " ".join(str(number) for number in range(1000, 3000))  # every place in it is known by its numbers
@@ -118,7 +119,7 @@ def test_splits_of_a_domain_share_no_piece_and_lose_none():
 
 
 def test_mixed_blocks_take_texts_in_turn(tokenizer):
-    found = data.mixed_blocks(tokenizer, ["a " * 200, "b " * 200], 5, 8, seed=0)
+    found = judge.mixed_blocks(tokenizer, ["a " * 200, "b " * 200], 5, 8, seed=0)
     assert [("a" in tokenizer.decode(block), "b" in tokenizer.decode(block)) for block in found] == [
         (True, False), (False, True), (True, False), (False, True), (True, False)
     ]  # fmt: skip
@@ -126,15 +127,15 @@ def test_mixed_blocks_take_texts_in_turn(tokenizer):
 
 def test_mixed_blocks_draw_other_windows_for_each_share(tokenizer):
     letters = " ".join(f"{n:04d}" for n in range(600))
-    found = data.mixed_blocks(tokenizer, [letters, "b " * 200, letters], 6, 8, seed=0)
+    found = judge.mixed_blocks(tokenizer, [letters, "b " * 200, letters], 6, 8, seed=0)
     first = [tuple(block.tolist()) for block in found if "b" not in tokenizer.decode(block)]
     assert len(set(first)) == 4
 
 
 def test_a_short_text_gives_what_it_has_and_the_first_the_rest(tokenizer, refused):
-    found = data.mixed_blocks(tokenizer, ["a " * 2000, "b " * 20], 20, 8, seed=0)  # b holds 5 windows
+    found = judge.mixed_blocks(tokenizer, ["a " * 2000, "b " * 20], 20, 8, seed=0)  # b holds 5 windows
     short = sum("b" in tokenizer.decode(block) for block in found)
     assert found.shape == (20, 8)
     assert 2 <= short <= 5
     with refused("shorter than 8 tokens"):
-        data.mixed_blocks(tokenizer, ["a " * 10, "b " * 40], 40, 8, seed=0)
+        judge.mixed_blocks(tokenizer, ["a " * 10, "b " * 40], 40, 8, seed=0)
