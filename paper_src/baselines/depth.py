@@ -35,16 +35,9 @@ def laco(
 ) -> PreTrainedModel:
     """Layers merged into those below them, W_l + sum_j (W_{l+j} - W_l), from the top down (LaCo, arXiv:2402.11187).
 
-    A merge is kept if the mean cosine of the last hidden states to the full model's on ``blocks`` stays above a
-    threshold. The paper tunes the threshold to a size; here it is lowered step by step until k layers are left.
-
-    Args:
-        model: the full model.
-        k: layers to keep.
-        blocks: (N, T) calibration text; the paper takes a few sentences.
-        most: layers merged at once, at most.
-        interval: layers between two merges.
-        thresholds: falling; the last lets everything through.
+    A merge of at most ``most`` layers is kept if the mean cosine of the last hidden states to the full model's on
+    ``blocks`` (N, T), in the paper a few sentences, stays above a threshold; the next is ``interval`` layers below. The
+    paper tunes the threshold to a size; here it is lowered step by step until k layers are left.
     """
     reference = last_hidden(model, blocks).float()
     small = model

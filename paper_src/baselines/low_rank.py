@@ -48,12 +48,9 @@ def _descending(square: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def low_rank(model: PreTrainedModel, parts: Factors, parameters: int) -> PreTrainedModel:
-    """The model whose linear maps are products of two thin ones, all of one share of their size. Not standard.
+    """The model whose linear maps are products of two thin ones, of at most so many ``parameters``. Not standard.
 
-    Args:
-        model: the full model.
-        parts: of :func:`factors`.
-        parameters: most parameters of the result.
+    All maps keep the same share of their size.
 
     Raises:
         InputError: ``parameters`` leaves no rank.

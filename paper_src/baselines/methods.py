@@ -86,7 +86,7 @@ class Setting:
     def make(self, name: str, k: int) -> tuple[PreTrainedModel, float]:
         """The model of ``METHODS[name]`` at k layers' size, and its seconds with those of what it shares.
 
-        The latest one is remembered: a method's row before and after training start from the same model.
+        The latest is remembered: a method's rows before and after training start from the same model.
         """
         if self._latest[0] != (name, k):
             method = METHODS[name]

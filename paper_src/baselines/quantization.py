@@ -17,12 +17,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def torchao_quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The model quantized by torchao: ``int8_weight``, ``int8_dynamic``, ``int4_weight`` or ``int4_unpacked``.
-
-    - ``int8_weight``: a scale for each output channel; products in the model's dtype.
-    - ``int8_dynamic``: inputs as well, a scale for each token.
-    - ``int4_weight``: groups of 32 inputs, packed for torchao's own kernels.
-    - ``int4_unpacked``: the same values, each kept in 8 bits: the quality of int4 where no kernel takes packed ones.
+    """The model quantized by torchao, by a ``kind`` of those below.
 
     Raises:
         NotSupported: torchao has no kernel for it here.
@@ -31,8 +26,10 @@ def torchao_quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 
     group = {"weight_dtype": torch.int4, "granularity": ao.PerGroup(32)}
     configurations = {
+        # a scale for each output channel, products in the model's dtype; or inputs as well, a scale for each token
         "int8_weight": ao.Int8WeightOnlyConfig,
         "int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig,
+        # packed for torchao's own kernels; or the same values kept in 8 bits, where no kernel takes packed ones
         "int4_weight": lambda: ao.Int4WeightOnlyConfig(group_size=32),
         "int4_unpacked": lambda: ao.IntxWeightOnlyConfig(**group),
     }

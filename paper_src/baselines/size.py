@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError
-from paper_src.baselines import sparsity
 from paper_src.layers import LayerRunner
 from paper_src.models import decoder_layers
 
@@ -29,23 +28,15 @@ def require_alive(model: PreTrainedModel, blocks: Tensor) -> None:
     LayerRunner(model).drive(blocks.to(model.device), check)
 
 
-def zeros_of(model: PreTrainedModel) -> float:
-    """Share of exact zeros in the layers' linear maps; NaN where quantized maps hold no plain weights."""
-    try:
-        return sparsity.zeros(model)
-    except (InputError, NotImplementedError, RuntimeError):
-        return float("nan")
-
-
 def count_of(model: PreTrainedModel) -> int:
     """Number of weights, quantized ones included; tied ones are counted once."""
     return sum(count for count, _ in _parts(model))
 
 
 def bytes_of(model: PreTrainedModel) -> dict[str, int]:
-    """``memory_bytes`` of all weights with their scales, and ``disk_bytes`` of a file with them.
+    """``memory_bytes`` of all weights with their scales, and ``disk_bytes`` of what ``torch.save`` writes of the state.
 
-    The file is what ``torch.save`` writes of the state, where tied weights stand once: every method can be saved so.
+    Tied weights stand there once, and every method can be saved so.
     """
     file = io.BytesIO()
     torch.save(model.state_dict(), file)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
 
+from paper_src import NotSupported
 from paper_src.baselines.moments import InputMoments, linears
 
 
@@ -22,11 +23,7 @@ def magnitude_pruned(model: PreTrainedModel, sparsity: float) -> PreTrainedModel
 def wanda(model: PreTrainedModel, moments: InputMoments, sparsity: float = 0.5, group: int = 0) -> PreTrainedModel:
     """The model whose weights of least |W_ij| * sqrt(E x_j^2) are zero (Wanda, arXiv:2306.11695).
 
-    Args:
-        model: the full model.
-        moments: of :func:`input_moments`.
-        sparsity: share of zeros in each output row, or in each ``group``.
-        group: consecutive inputs compared with one another: 4 with sparsity 0.5 is 2:4; 0 is the whole row.
+    The share of zeros holds in each output row, or in each ``group`` of consecutive inputs: 4 with 0.5 is 2:4.
     """
     small = copy.deepcopy(model)
     for name, linear in linears(small):
@@ -66,6 +63,9 @@ def unmasked(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def zeros(model: PreTrainedModel) -> float:
-    """Share of exact zeros in the weights of the layers' linear maps."""
-    weights = [linear.weight for _, linear in linears(model)]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    """Share of exact zeros in the weights of the layers' linear maps; NaN where they are quantized."""
+    try:
+        weights = [linear.weight for _, linear in linears(model)]
+        return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    except (NotSupported, NotImplementedError, RuntimeError):  # no plain weights
+        return float("nan")

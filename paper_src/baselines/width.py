@@ -13,20 +13,14 @@ from paper_src.models import count_parameters, locate_layers
 
 @torch.no_grad()
 def width_pruned(model: PreTrainedModel, moments: InputMoments, parameters: int) -> PreTrainedModel:
-    """The model with fewer MLP neurons and attention groups in every layer, a standard checkpoint.
+    """The model with fewer MLP neurons and attention groups in every layer, of at most so many ``parameters``.
 
     Neurons of least sqrt(E a_j^2) * |W_down,j| are removed, as are whole groups of query heads with their key and
-    value head, of least E |W_o,group x|^2. The number of groups is that whose share
-    comes nearest to the share of neurons that the size then allows, of those that divide the hidden size, as
-    transformers asks of a Llama.
-
-    Args:
-        model: with ``mlp.{gate,up,down}_proj`` and ``self_attn.{q,k,v,o}_proj`` in each layer, as Llama has.
-        moments: of :func:`input_moments`.
-        parameters: most parameters of the result.
+    value head, of least E |W_o,group x|^2: a standard checkpoint. The share of groups that stays is the one nearest to
+    the share of neurons that the size then allows, of those that divide the hidden size, as transformers asks.
 
     Raises:
-        NotSupported: the family's layers have other parts.
+        NotSupported: a layer has other parts than Llama's.
         InputError: ``parameters`` leaves no neuron.
     """
     small = copy.deepcopy(model)

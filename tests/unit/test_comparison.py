@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import build_model
+from matplotlib import pyplot as plt
 
 from paper_src import NotSupported, distillation, timing
 from paper_src.baselines import methods, moments, quantization, size
@@ -197,10 +198,13 @@ def test_what_section_5_repaired_says_so(setting):
     assert rows.described(setting, "replace_me", 2, recovered=False)["repaired_by"] == "section 7"
 
 
-def test_the_frontier_has_what_nothing_beats():
-    frame = pd.DataFrame({"cost": [1.0, 2.0, 3.0, 3.0, 2.0], "ppl_ratio": [5.0, 3.0, 4.0, 2.0, 3.0]})
-    assert rows.frontier(frame, "cost", larger_is_better=False).tolist() == [True, True, False, True, True]
-    assert rows.frontier(frame, "cost", larger_is_better=True).tolist() == [False, False, False, True, False]
+def test_the_staircase_goes_over_what_nothing_better_beats():
+    rows_by_quality = pd.DataFrame({"decode_speedup": [1.0, 0.5, 3.0, 2.0], "memory_share": [0.5, 1.0, 0.4, 0.6]})
+    for cost, expected in {"decode_speedup": [1, 1, 3, 3], "memory_share": [0.5, 0.5, 0.4, 0.4]}.items():
+        _, axis = plt.subplots()
+        rows._staircase(axis, rows_by_quality, cost)
+        assert axis.lines[0].get_xdata().tolist() == expected
+        plt.close()
 
 
 def test_budgets_name_the_best_that_meets_them():
