@@ -49,18 +49,11 @@ class Cost:
     forward_tokens: int = 0  # tokens that the full model's layers could have processed instead
     seconds: float = 0.0  # that computing them took, now or when they were kept on disk
 
-    def add(self, other: "Cost") -> None:
-        """Add another cost to this one."""
-        self.evaluations += other.evaluations
-        self.forward_tokens += other.forward_tokens
-        self.seconds += other.seconds
-
 
 class Evaluator:
-    """``evaluator(kept)`` is a metric of the model with only the layers ``kept``, on a fixed batch of text.
+    """``evaluator(kept)`` is a metric of the model with only the layers ``kept``: that of the compacted model.
 
-    Equal to the metric of the compacted model. Subsets that are asked for together share the work of their
-    common first layers (:class:`paper_src.layers.SubsetRunner`), and each is evaluated once.
+    Subsets that are asked for together share the work of their common first layers, and each is evaluated once.
 
     Args:
         model: the full model; it is not changed.
@@ -94,7 +87,7 @@ class Evaluator:
         self._known: MutableMapping[KeptLayers, Evaluation] = {}
         if store:
             self._known = store.view([blocks, self._full.mean_state], metrics, scored)
-        self._logs: list[set[KeptLayers]] = []
+        self._asked: set[KeptLayers] = set()
 
     def __call__(self, kept: Sequence[int]) -> float:
         """First metric of the kept layers (increasing indices; none is allowed): mean over the batch."""
@@ -108,25 +101,22 @@ class Evaluator:
     def evaluate(self, subsets: Iterable[Sequence[int]]) -> np.ndarray:
         """(n, M) all M metrics of n subsets."""
         subsets = [self._runner.checked(kept) for kept in subsets]
-        for log in self._logs:
-            log.update(subsets)
+        self._asked.update(subsets)
         for batch in self._runner.batches(kept for kept in subsets if kept not in self._known):
             self._evaluate(batch)
         return np.array([self._known[kept].values for kept in subsets]).reshape(len(subsets), len(self.metrics))
 
     @contextmanager
-    def cost(self) -> Iterator[Cost]:
-        """What is asked of this evaluator inside the ``with``; the numbers are there when it ends."""
-        cost, asked = Cost(), set()
-        self._logs.append(asked)
+    def counting(self, cost: Cost) -> Iterator[None]:
+        """Add to ``cost`` what is asked of this evaluator inside the ``with``, when that ends."""
+        self._asked = set()
         try:
-            yield cost
+            yield
         finally:
-            self._logs = [log for log in self._logs if log is not asked]
-            known = [self._known[kept] for kept in asked if kept in self._known]
-            runs = sum(evaluation.layer_runs for evaluation in known)
-            seconds = sum(evaluation.seconds for evaluation in known)
-            cost.add(Cost(len(known), round(runs * self.tokens / self.depth), seconds))
+            known = [self._known[kept] for kept in self._asked if kept in self._known]
+            cost.evaluations += len(known)
+            cost.forward_tokens += round(sum(each.layer_runs for each in known) * self.tokens / self.depth)
+            cost.seconds += sum(each.seconds for each in known)
 
     def _evaluate(self, subsets: Sequence[KeptLayers]) -> None:
         """Evaluate subsets that are in lexicographic order."""
@@ -145,27 +135,23 @@ class Evaluator:
 
 @contextmanager
 def cost_of(evaluators: Iterable[Evaluator]) -> Iterator[Cost]:
-    """What is asked of several evaluators inside the ``with``; the numbers are there when it ends."""
-    total = Cost()
+    """What is asked of evaluators inside the ``with``; the numbers are there when it ends."""
+    cost = Cost()
     with ExitStack() as stack:
-        parts = [stack.enter_context(evaluator.cost()) for evaluator in evaluators]
-        yield total
-    for part in parts:
-        total.add(part)
+        for evaluator in evaluators:
+            stack.enter_context(evaluator.counting(cost))
+        yield cost
 
 
 def on_each(
     model: PreTrainedModel, batches: Iterable[Tensor], cost: Cost | None = None, **settings
 ) -> Iterator[Evaluator]:
     """An :class:`Evaluator` for each batch of token ids (N, T), one at a time; what they cost is added to ``cost``."""
+    cost = Cost() if cost is None else cost
     for blocks in batches:
         evaluator = Evaluator(model, blocks, **settings)
-        try:
-            with evaluator.cost() as spent:
-                yield evaluator
-        finally:  # also when no further one is asked for
-            if cost is not None:
-                cost.add(spent)
+        with evaluator.counting(cost):  # ends also when no further one is asked for
+            yield evaluator
 
 
 def leave_one_out(evaluators: Iterable[Evaluator]) -> np.ndarray:
@@ -186,17 +172,11 @@ def _shared(a: KeptLayers, b: KeptLayers) -> int:
 
 @dataclass
 class ShapleyValues:
-    """Shapley values of L layers for M metrics, from G groups of permutations.
+    """Shapley values of L layers for M metrics, from G groups of permutations."""
 
-    Attributes:
-        groups: (G, L, M) one unbiased estimate a group.
-        gap: (M,) largest difference, over groups, between the sum of the values and v(all) - v(none).
-        coalitions: (n, 1 + M) number of layers and metrics of every subset that was evaluated.
-    """
-
-    groups: np.ndarray
-    gap: np.ndarray
-    coalitions: np.ndarray
+    groups: np.ndarray  # (G, L, M) one unbiased estimate a group
+    gap: np.ndarray  # (M,) largest difference, over groups, between the sum of the values and v(all) - v(none)
+    coalitions: np.ndarray  # (n, 1 + M) number of layers and metrics of every subset that was evaluated
 
     @property
     def mean(self) -> np.ndarray:
@@ -230,7 +210,7 @@ def shapley(
         evaluators: one a group, all of one depth and one list of metrics.
         target: stop once the largest standard error is below this share of the largest value.
         seed: of the permutations.
-        least: groups before the stopping rule is asked.
+        least: groups before that.
         processes: who shares the groups; each gives its own evaluators, and all get the values of one process.
 
     Raises:

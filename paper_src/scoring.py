@@ -1,7 +1,14 @@
 """Importance scores of every layer: ``SCORES`` names them all, and says which pass over calibration text gives each.
 
 A new score is its function and its entry: notebook 01 runs every ``measure`` once, and tables, figures and selections
-loop over the entries. Most come from the one forward and backward pass of :func:`score_layers`.
+loop over the entries. With g the gradient of one sequence's loss (mean next-token NLL, nats/token) for a layer's
+parameters theta, and h its output, the one pass of :func:`score_layers` gives
+
+- ``fisher`` = E ||g||^2, the trace of the Fisher matrix; ``fisher_per_parameter`` divides by the layer's parameter
+  count; ``grad_norm`` = E ||g||; ``taylor`` = E |theta . g|, the first-order change of the loss for theta = 0;
+- ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` (E (h - mean)^4 / variance^2) over a
+  sequence's tokens and units; ``..._no_sink`` without attention-sink tokens;
+- ``block_influence`` = 1 - E cos(input, h) over tokens, the last layer's h before the final norm.
 """
 
 import functools
@@ -59,16 +66,7 @@ def score_layers(
     seed: int = 0,
     progress: Callable = iter,
 ) -> LayerScores:
-    """Scores of every layer from one forward-backward pass over ``blocks``.
-
-    With g the gradient of one sequence's loss (mean next-token NLL, nats/token) for a layer's parameters:
-
-    - ``fisher`` = E ||g||^2, the trace of the Fisher matrix; ``fisher_per_parameter`` divides by the layer's
-      parameter count; ``grad_norm`` = E ||g||;
-    - ``taylor`` = E |theta . g|, the first-order change of the loss when the layer's weights go to zero;
-    - ``activation_variance``, ``activation_mean_abs``, ``activation_kurtosis`` (E (h - mean)^4 / variance^2) of the
-      layer's output over a sequence's tokens and units; ``..._no_sink`` without attention-sink tokens;
-    - ``block_influence`` = 1 - E cos(input, output) over tokens, the last layer's output before the final norm.
+    """The scores above from one forward and backward pass over ``blocks``.
 
     Args:
         model: a causal model; its parameters and their ``requires_grad`` are as before on return.
@@ -80,18 +78,10 @@ def score_layers(
         progress: wraps the iterable of batches.
 
     Raises:
-        InputError: blocks too short, weights in float16, a layer that is used twice or flattens the batch, or
-            non-finite scores.
+        InputError: blocks too short, unknown labels, weights in float16, a layer that is used twice or flattens the
+            batch, or non-finite scores.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size = {batch_size}: give at least 1")
-    if blocks.ndim != 2 or blocks.shape[1] < 2 or not len(blocks):
-        raise InputError(f"blocks have shape {tuple(blocks.shape)}: give (N, T) token ids with T >= 2")
-    if model.dtype == torch.float16:
-        raise InputError("float16 holds neither the squares of large activations nor small gradients: "
-                         "load the model in bfloat16 or float32")  # fmt: skip
-    if labels not in ("text", "model"):
-        raise InputError(f"labels {labels!r}: use 'text' or 'model'")
+    _check(model, blocks, batch_size, labels)
     layers = decoder_layers(model)
     generator = torch.Generator(device=model.device).manual_seed(seed) if labels == "model" else None
     rows, states = [], []
@@ -106,6 +96,18 @@ def score_layers(
     per_sequence["fisher_per_parameter"] = per_sequence["fisher"] / parameters
     _require_finite(per_sequence)
     return LayerScores(per_sequence, _angular(torch.cat(states)), parameters)
+
+
+def _check(model: PreTrainedModel, blocks: Tensor, batch_size: int, labels: str) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: give at least 1")
+    if blocks.ndim != 2 or blocks.shape[1] < 2 or not len(blocks):
+        raise InputError(f"blocks have shape {tuple(blocks.shape)}: give (N, T) token ids with T >= 2")
+    if model.dtype == torch.float16:
+        raise InputError("float16 holds neither the squares of large activations nor small gradients: "
+                         "load the model in bfloat16 or float32")  # fmt: skip
+    if labels not in ("text", "model"):
+        raise InputError(f"labels {labels!r}: use 'text' or 'model'")
 
 
 def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
@@ -137,10 +139,10 @@ def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 
 
 def combined_score(scores: dict[str, Tensor]) -> Tensor:
-    """(L,) combined score in [0, 1]: the mean of the given scores (L,), each put on a log scale and min-max scaled.
+    """(L,) in [0, 1]: the mean of the given scores (L,), each put on a log scale and min-max scaled.
 
-    The earlier report combined Fisher information, gradient norm and activation statistics without
-    stating how; this is our definition. The log keeps one huge layer from flattening all others.
+    The earlier report combined scores without stating how; this is our definition. The log keeps one huge layer from
+    flattening all others.
 
     Raises:
         InputError: a score that is not positive.
@@ -177,22 +179,19 @@ def _score_batch(
 def _score_layerwise(
     model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """:func:`_score_batch` with the weights of one layer in memory: states are kept, each layer runs once more.
-
-    The memory it takes: the states before each layer, one layer's weights and activations, embedding and head.
-    """
+    """:func:`_score_batch` with the weights of one layer in memory: states are held, each layer runs once more."""
     batch = batch.to(model.device)
     runner = LayerRunner(model)
     activations, states = ActivationSums(layers), []
     last = len(layers) - 1
 
-    def keep(index: int, layer: Callable, hidden: Tensor) -> Tensor:
+    def hold(index: int, layer: Callable, hidden: Tensor) -> Tensor:
         output = layer(hidden)
         states.extend([hidden, output] if index == last else [hidden])
         return output
 
     try:
-        hidden = runner.drive(batch, keep)
+        hidden = runner.drive(batch, hold)
     finally:
         activations.remove()
     end = states.pop().requires_grad_()
@@ -339,27 +338,18 @@ def shapley(calibration: Calibration) -> Measured:
 
 @dataclass(frozen=True)
 class Score:
-    """One way to say how much a layer matters.
+    """One way to say how much a layer matters."""
 
-    Attributes:
-        title: its name in figures.
-        kind: ``gradient``, ``activation``, ``removal`` (layers are left out for real) or ``combined``.
-        source: the paper.
-        measure: of a :class:`Calibration`, what it and the scores of the same pass are, and their cost; of a combined
-            score, a function of the mean scores that it is made of.
-        made_of: names of those, for a combined score.
-    """
-
-    title: str
-    kind: str
+    title: str  # in figures
+    kind: str  # gradient, activation, removal (layers are left out for real) or combined
     source: str
-    measure: Callable
+    measure: Callable  # Calibration -> Measured; of a combined score: the mean scores made_of names -> (L,)
     made_of: tuple[str, ...] = ()
 
 
 REPORT = "the earlier report"
-MOMENT = "the earlier report: activation statistics"
 NO_SINK = "ours: without attention sinks (Xiao et al. 2024, arXiv:2309.17453)"
+SHORTENED_LLAMA = "Kim et al. 2024, arXiv:2402.02834"
 FISHER = "Kunstner et al. 2019, arXiv:1905.12558"
 SCORES = {
     "fisher": Score("Fisher (empirical)", "gradient", FISHER, one_pass),
@@ -367,17 +357,15 @@ SCORES = {
     "fisher_per_parameter": Score("Fisher / parameter", "gradient", "ours", one_pass),
     "grad_norm": Score("gradient norm", "gradient", REPORT, one_pass),
     "taylor": Score("Taylor", "gradient", "Molchanov et al. 2019, arXiv:1906.10771; a layer is one group", one_pass),
-    "weight_taylor": Score(
-        "Taylor, by weight", "gradient", "Kim et al. 2024, arXiv:2402.02834, eq. 1", taylor_by_weight
-    ),
+    "weight_taylor": Score("Taylor, by weight", "gradient", f"{SHORTENED_LLAMA}, eq. 1", taylor_by_weight),
     "block_influence": Score("block influence", "activation", "Men et al. 2024, arXiv:2403.03853, eq. 1", one_pass),
-    "activation_variance": Score("activation variance", "activation", MOMENT, one_pass),
+    "activation_variance": Score("activation variance", "activation", REPORT, one_pass),
     "activation_variance_no_sink": Score("variance, no sinks", "activation", NO_SINK, one_pass),
-    "activation_mean_abs": Score("mean |activation|", "activation", MOMENT, one_pass),
+    "activation_mean_abs": Score("mean |activation|", "activation", REPORT, one_pass),
     "activation_mean_abs_no_sink": Score("mean |act.|, no sinks", "activation", NO_SINK, one_pass),
-    "activation_kurtosis": Score("kurtosis", "activation", MOMENT, one_pass),
+    "activation_kurtosis": Score("kurtosis", "activation", REPORT, one_pass),
     "activation_kurtosis_no_sink": Score("kurtosis, no sinks", "activation", NO_SINK, one_pass),
-    "leave_one_out": Score("leave-one-out", "removal", "Kim et al. 2024, arXiv:2402.02834, section 3.1", leave_one_out),
+    "leave_one_out": Score("leave-one-out", "removal", f"{SHORTENED_LLAMA}, section 3.1", leave_one_out),
     "shapley": Score("Shapley", "removal", "Castro et al. 2009, doi:10.1016/j.cor.2008.04.004", shapley),
     "combined": Score(
         "combined", "combined", "ours: the earlier report gives no formula", combined_score,

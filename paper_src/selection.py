@@ -92,11 +92,10 @@ def top_k(scores: Sequence[float], k: int) -> KeptLayers:
 
 
 def distributed(scores: Sequence[float], k: int, regions: int = 4) -> KeptLayers:
-    """The best layers of each of ``regions`` equal stretches of the depth (the earlier report's strategy).
+    """The best layer of each of ``regions`` equal stretches of the depth, then the second best of each, and so on.
 
-    Every region gives k // regions layers. What is left over goes, one layer a region, to the regions whose
-    next-best layer scores highest; a region that runs out passes its share on in the same way. Boundaries are at
-    round(i L / regions); with fewer layers than regions, k regions are used.
+    Of layers at the same place in their regions the higher scores go first. Boundaries are at round(i L / regions);
+    with fewer layers to keep than regions, k regions are used.
 
     Example:
         >>> distributed([9, 8, 1, 2, 5, 1, 1, 6], k=4, regions=2)
@@ -109,13 +108,10 @@ def distributed(scores: Sequence[float], k: int, regions: int = 4) -> KeptLayers
         raise InputError(f"regions = {regions}: give at least 1")
     regions = min(regions, k)
     bounds = [round(index * depth / regions) for index in range(regions + 1)]
-    queues = [_ranked(scores, range(low, high)) for low, high in pairwise(bounds)]
-    kept = [layer for queue in queues for layer in queue[: k // regions]]
-    queues = [queue[k // regions :] for queue in queues]
-    while len(kept) < k:
-        heads = [queue.pop(0) for queue in queues if queue]
-        kept += _ranked(scores, heads)[: k - len(kept)]
-    return tuple(sorted(kept))
+    place = {}
+    for low, high in pairwise(bounds):
+        place |= {layer: rank for rank, layer in enumerate(_ranked(scores, range(low, high)))}
+    return tuple(sorted(sorted(_ranked(scores, range(depth)), key=place.get)[:k]))
 
 
 def evenly_spaced(depth: int, k: int) -> KeptLayers:

@@ -129,20 +129,26 @@ def f2_selection(selected: pd.DataFrame, strategies: pd.DataFrame, k: int, depth
         left.set_xticks(np.arange(0, depth, step) + 0.5, range(0, depth, step))
         left.set_xlabel("layer")
         left.set_title(f"Layers kept at k = {k} of {depth}")
-        for height, kept in enumerate(kept for kept in order if kept in quality):
-            right.plot(quality[kept], height + 0.5, "o", color=BLUE, ms=4)
-            text = f"{quality[kept]:.3g}" if quality[kept] < 1e3 else f"{quality[kept]:.1e}".replace("e+0", "e")
-            _beside(right, text, quality[kept], height + 0.5)
-        if unjudged := len(order) - len(set(order) & set(quality.index)):
-            right.text(0.5, unjudged / len(order) / 2, "not judged", transform=right.transAxes, ha="center")
-        random = judged.loc[judged["strategy"] == "random", "ppl_ratio"]
-        right.axvline(random.item() if len(random) else np.nan, color=GREY, lw=1, ls="--", label="random, mean")
-        _log_with_room(right)
-        right.set_title("On validation text")
-        right.legend(loc="lower right")
+        _qualities(right, order, quality, judged.loc[judged["strategy"] == "random", "ppl_ratio"])
         left.invert_yaxis()
     plt.close(figure)
     return figure
+
+
+def _qualities(axis: Axes, order: list[str], quality: pd.Series, random: pd.Series) -> None:
+    """Right panel of :func:`f2_selection`: ``quality`` of the selections in ``order``, those that have one first."""
+    judged = [kept for kept in order if kept in quality]
+    for height, kept in enumerate(judged):
+        axis.plot(quality[kept], height + 0.5, "o", color=BLUE, ms=4)
+        text = f"{quality[kept]:.3g}" if quality[kept] < 1e3 else f"{quality[kept]:.1e}".replace("e+0", "e")
+        _beside(axis, text, quality[kept], height + 0.5)
+    if unjudged := len(order) - len(judged):
+        axis.text(0.5, unjudged / len(order) / 2, "not judged", transform=axis.transAxes, ha="center")
+    for value in random:
+        axis.axvline(value, color=GREY, lw=1, ls="--", label="random, mean")
+        axis.legend(loc="lower right")
+    _log_with_room(axis)
+    axis.set_title("On validation text")
 
 
 def _names(same: pd.DataFrame, width: int = 62) -> str:

@@ -144,9 +144,9 @@ class TestEvaluator:
 
     def test_cost_counts_each_subset_once_and_shared_prefixes_once(self, llama, make_blocks):
         evaluator = Evaluator(llama, make_blocks(2, 12))
-        with evaluator.cost() as first:
+        with coalitions.cost_of([evaluator]) as first:
             leave_one_out([evaluator])
-        with evaluator.cost() as again:
+        with coalitions.cost_of([evaluator]) as again:
             leave_one_out([evaluator])
             evaluator(range(4))
         # the full model runs 4 layers; leaving out layer i runs those behind it: 3 + 2 + 1 + 0
