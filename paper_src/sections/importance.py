@@ -142,7 +142,7 @@ def f1_importance(importance: pd.DataFrame) -> Figure:
 
 def f1_agreement(agreement: pd.DataFrame) -> Figure:
     """Do scores rank layers alike? Kendall's tau of every pair; in bold, of a score with itself between the two halves
-    of its calibration text.
+    of its calibration text (n: `sequences` and the other parameters of notebook 1; 95% intervals in t1_agreement).
 
     Args:
         agreement: t1_agreement, which has the intervals.
