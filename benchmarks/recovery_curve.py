@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from paper_src import InputError, data, distillation, fidelity, models, recovery, stats
 from paper_src.compaction import compact
+from paper_src.reporting.findings import Findings, ends
 from paper_src.selection import kept_tuple
 
 PROMPT = 8  # tokens that are given to the model, which writes the rest of a block
@@ -80,6 +81,21 @@ def judged(full, small, tests):
     return [*rows, {"text": "mean of all", "ppl_ratio": mean}]
 
 
+def findings(table):
+    """t5_findings of the table of test rows: the first start that was trained, named as section 5 names it."""
+    first = table[(table["selection"] == table["selection"][0]) & (table["tokens"] == table["tokens"][0])]
+    row, mean, found = first.iloc[0], first.set_index("text").loc["mean of all"], Findings()
+    source, end = "t5_recovery", "recovered_smallest"
+    found.add(source, "recovered_smallest_k", row["k"], unit="layers")
+    found.add(source, f"tokens_{end}", row["tokens"], unit="token passes")
+    found.add(source, f"cosine_{end}", *ends(row, "cosine"), unit="cosine", n=row["n_windows"])
+    found.add(source, f"ppl_ratio_{end}", *ends(row, "ppl_ratio"), unit="perplexity / full", n=row["n_windows"])
+    found.add(source, f"ppl_ratio_mean_{end}", mean["ppl_ratio"], unit="perplexity / full, all kinds")
+    found.add(source, "gpu_test_windows", row["n_windows"], unit="windows of n tokens", n=row["window_tokens"])
+    found.add(source, "gpu_generated_tokens", row["generated_tokens"], unit="tokens", n=row["distinct_tokens"])
+    return found.frame()
+
+
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -116,7 +132,7 @@ def training_text(use, full, own):
 
 
 def main():
-    """Train from each start; write ``t5_scaling.csv`` and ``t5_recovery.csv`` into the folder."""
+    """Train from each start; write ``t5_scaling``, ``t5_recovery`` and ``t5_findings`` into the folder."""
     use = arguments()
     use.folder.mkdir(parents=True, exist_ok=True)
     loaded = models.load_model(use.model, "auto", use.device)
@@ -152,6 +168,7 @@ def main():
         rows += [{**about, **row} for row in judged(full, trained.model, tests)]
         pd.concat(curves).to_csv(use.folder / "t5_scaling.csv", index=False)
         pd.DataFrame(rows).to_csv(use.folder / "t5_recovery.csv", index=False)
+        findings(pd.DataFrame(rows)).to_csv(use.folder / "t5_findings.csv", index=False)
         print(pd.DataFrame(rows)[["selection", "tokens", "text", "ppl_ratio", "cosine"]].to_string(), flush=True)
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from paper_src import InputError
 from paper_src.reporting import reported
-from paper_src.reporting.findings import NAN, Finding, Read, load
+from paper_src.reporting.findings import LARGER, NAN, Finding, Read, load
 
 SOURCE = Path(__file__).with_name("claims.yaml")
 LANGUAGES = ("en", "zh")
@@ -44,7 +44,7 @@ class Claim:
         threshold: its number, or the name of a constant of ``reported.py``.
         needs: a test without which nothing is decided.
         decides: what would decide it, where it is undetermined or not testable.
-        folder: ``long/`` where the findings are of the run with larger budgets.
+        folder: one of ``LARGER`` where the findings are of a run with larger budgets.
     """
 
     name: str
@@ -165,7 +165,7 @@ def judge(claim: Claim, known: Mapping[str, Finding]) -> tuple[str, str]:
 
 def t9_claims(read: Read) -> pd.DataFrame:
     """t9_claims: each claim in both languages, our finding, the verdict, and the number that decides it."""
-    known = {folder: load(read, folder) for folder in ("", "long/")}
+    known = {folder: load(read, folder) for folder in ("", *LARGER)}
     rows = []
     for claim in read_claims():
         findings = known[claim.folder]

@@ -14,6 +14,7 @@ from paper_src import InputError
 Read = Callable[[str], pd.DataFrame]
 COLUMNS = ("name", "value", "lo", "hi", "unit", "n", "source", "text")
 SECTIONS = range(1, 9)
+LARGER = ("long/", "gpu/")  # folders of tables of runs with larger budgets
 NAN = math.nan
 
 
@@ -105,7 +106,7 @@ def number(value: float, spec: str = "times") -> str:
 
 
 def load(read: Read, folder: str = "") -> dict[str, Finding]:
-    """name -> finding of every section that was run, with ``folder`` (``long/``) before the tables' names."""
+    """name -> finding of every section that was run, with ``folder`` (one of ``LARGER``) before the tables' names."""
     found = {}
     for section in SECTIONS:
         try:

@@ -75,12 +75,12 @@ class Section:
         return self.read(name)
 
     def read(self, name: str) -> pd.DataFrame:
-        """Table ``name`` of this profile; ``long/<name>`` is the committed one of a larger run on the same model.
+        """Table ``name`` of this profile; ``long/<name>``, ``gpu/<name>``: of a larger run on the same model.
 
         Raises:
             InputError: it was not made yet; the message names the command that makes it.
         """
-        if name.startswith("long/"):
+        if "/" in name:
             return self._larger(name)
         path = self.root / "tables" / f"{name}.csv"
         if not path.is_file():
@@ -135,11 +135,12 @@ class Section:
 
     def _larger(self, name: str) -> pd.DataFrame:
         """Committed table ``name`` of a run with larger budgets, if that was on the model of this profile."""
-        record = f"{self._maker(name.removeprefix('long/'))}.json"
-        places = [self.root / "tables" / record, Path("../tables/long") / record]
+        folder, table = name.split("/")
+        record = f"{self._maker(table)}.json"
+        places = [self.root / "tables" / record, Path("../tables") / folder / record]
         models = [json.loads(place.read_text())["model"] if place.is_file() else None for place in places]
         if None in models or models[0]["sha256"] != models[1]["sha256"]:
-            raise InputError(f"no larger run of {name} on this model: ./reproduce.sh --profile long makes it")
+            raise InputError(f"no larger run of {name} on this model: tables/README.md says what makes it")
         return pd.read_csv(f"../tables/{name}.csv")
 
     def _maker(self, table: str) -> str:

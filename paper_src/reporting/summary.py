@@ -51,6 +51,7 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
     return {
         "f": Known(own),
         "long": Known(larger),
+        "gpu": Known(load(read, "gpu/")),
         "reported": reported,
         "claims": rows,
         "counts": counts,
@@ -61,6 +62,7 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "methods": _if_made(method_rows, read),
         "controls": _if_made(lambda read: read("t8_controls").to_dict("records"), read),
         "larger_recovery": _if_made(recovery_rows, lambda name: read(f"long/{name}")),
+        "gpu_recovery": _if_made(gpu_rows, read),
     }
 
 
@@ -106,6 +108,15 @@ def recovery_rows(read: Read) -> list[dict]:
     table = read("t5_recovery")
     table = table[~table["selection"].isin(["full", "trivial"])]
     return table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
+
+
+def gpu_rows(read: Read) -> list[dict]:
+    """A row a start of the run on a GPU: the first kind of text, with the mean over all kinds beside it."""
+    table = read("gpu/t5_recovery")
+    keys = ["selection", "tokens"]
+    mean = table[table["text"] == "mean of all"].set_index(keys)["ppl_ratio"]
+    first = table.drop_duplicates(keys)
+    return [{**row, "ppl_ratio_mean": mean[row["selection"], row["tokens"]]} for row in first.to_dict("records")]
 
 
 def recommender_rows(read: Read) -> list[dict]:
