@@ -90,27 +90,17 @@ def told(*words):
 
 
 def test_a_run_says_one_line_and_logs_what_the_notebook_prints(project):
-    words = (
-        "run",
-        "notebooks/01_demo.ipynb",
-        "--profile",
-        str(profile(**{"01_demo": {"count": 4}})),
-        "--results",
-        "results/p",
-    )
-    code, said = told(*words)
+    settings = str(profile(**{"01_demo": {"count": 4}}))
+    code, said = told("run", "notebooks/01_demo.ipynb", "--profile", settings, "--results", "results/p", "--verbose")
     assert code == 0
-    assert re.fullmatch(r"\[1/1\] 01_demo  done in 0:\d\d\n", said)
+    assert re.fullmatch(r"4\n\[1/1\] 01_demo  done in 0:\d\d\n", said)
     assert re.fullmatch(r"4\ndone in [\d.]+ s\n", Path("results/p/logs/01_demo.log").read_text())
     assert run.seconds_before(Path("results/p/logs/01_demo.log")) > 0
-    _, said = told(*words, "--verbose")
-    assert re.fullmatch(r"4\n\[1/1\] 01_demo  done in 0:\d\d\n", said)
 
 
-def test_a_failing_run_says_two_lines(project):
-    code, said = told(
-        "run", "notebooks/01_demo.ipynb", "--profile", str(profile(**{"01_demo": {"count": 5}})), "--results", "r"
-    )
+def test_a_failing_run_says_two_lines_and_nothing_of_the_notebook(project):
+    settings = str(profile(**{"01_demo": {"count": 5}}))
+    code, said = told("run", "notebooks/01_demo.ipynb", "--profile", settings, "--results", "r")
     assert code == 1
     assert re.fullmatch(r"\[1/1\] 01_demo  failed\nerror: 01_demo failed. AssertionError: .*\n", said)
 

@@ -1,6 +1,7 @@
 """The same tables from two processes as from one, and what a process that dies leaves behind."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from paper_src import processes
 from paper_src.processes import Processes
+from paper_src.scale import __main__ as command_line
 
 ROOT = Path(__file__).parents[2]
 MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"
@@ -22,12 +24,18 @@ REFIT = """
 import sys, torch
 from paper_src import data, models, recovery
 from paper_src.scale.launch import started
-loaded = models.load_model(sys.argv[1], "float32", "cpu")
-blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train")[0], 37, 32, 0)
-with started() as shared:
+
+def refit(shared):
+    loaded = models.load_model(sys.argv[1], "float32", "cpu")
+    blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train")[0], 37, 32, 0)
     found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, processes=shared)
-    if shared.rank == 0:
-        torch.save({"weights": found.model.state_dict(), "refits": found.refits}, sys.argv[3])
+    return {"weights": found.model.state_dict(), "refits": found.refits}
+
+if __name__ == "__main__":
+    with started() as shared:
+        found = refit(shared)
+        if shared.rank == 0:
+            torch.save(found, sys.argv[3])
 """
 
 
@@ -40,28 +48,23 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True, env=ENVIRONMENT, cwd=ROOT, timeout=240, capture_output=True)
 
 
-def measure(processes: int, table: Path, *more: str) -> pd.DataFrame:
-    run(launched(processes, "-m", "paper_src.scale", "scores", str(MODEL), str(table), *SETTINGS, *more))
-    return pd.read_csv(table)
-
-
 def test_two_processes_give_the_table_of_one(tmp_path):
-    more = ["--sequences", "7", "--leave-one-out", "5", "--shapley", "0.2"]
-    one, two = (measure(n, tmp_path / f"{n}.csv", *more) for n in (1, 2))
+    more = [*SETTINGS, "--sequences", "7", "--leave-one-out", "5", "--shapley", "0.2"]
+    run(launched(2, "-m", "paper_src.scale", "scores", str(MODEL), str(tmp_path / "2.csv"), *more))
+    command_line.main(["scores", str(MODEL), str(tmp_path / "1.csv"), *more])
+    one, two = (pd.read_csv(tmp_path / f"{count}.csv") for count in (1, 2))
     assert len(one) == 8
     assert {"fisher", "fisher_se", "leave_one_out_se", "shapley"} <= set(one)
     pd.testing.assert_frame_equal(two, one, rtol=1e-6, atol=1e-9)
 
 
-def test_two_processes_refit_as_one(tmp_path):
-    script = tmp_path / "refit.py"
+def test_two_processes_refit_as_one(tmp_path, monkeypatch):
+    script, path = tmp_path / "refit.py", tmp_path / "two.pt"
     script.write_text(REFIT)
-    found = []
-    for count in (1, 2):
-        path = tmp_path / f"{count}.pt"
-        run(launched(count, str(script), str(MODEL), str(TEXT), str(path)))
-        found.append(torch.load(path))
-    one, two = found
+    arguments = [str(script), str(MODEL), str(TEXT), str(path)]
+    run(launched(2, *arguments))
+    monkeypatch.setattr(sys, "argv", arguments)
+    one, two = runpy.run_path(str(script))["refit"](processes.ALONE), torch.load(path)
     for a, b in zip(one["refits"], two["refits"], strict=True):
         assert b == pytest.approx(a, rel=1e-6)
     for name, weight in one["weights"].items():

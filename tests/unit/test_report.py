@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 
 import nbformat
 import pandas as pd
@@ -140,9 +138,3 @@ def test_a_section_writes_under_its_own_number_only(section, refused):
         section.table(pd.DataFrame({"k": [1]}), "t2_demo")
     with refused("01_demo cannot write ../f1_demo"):
         section.figure(plt.figure(), "../f1_demo")
-
-
-def test_reporting_needs_neither_torch_nor_the_method():
-    code = "import sys\nfrom paper_src.reporting import section, run, page, progress\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "False\n"

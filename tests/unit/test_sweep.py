@@ -61,14 +61,14 @@ def snakemake(*arguments: str) -> str:
 def test_the_graph_makes_one_table(tmp_path):
     config = {
         "out": str(tmp_path / "out"), "models": [str(MODEL)], "scores": ["fisher", "random"],
-        "strategies": ["top_k", "distributed"], "keep": [4], "seeds": [1], "text": str(TEXT), "sequences": 4,
+        "strategies": ["top_k"], "keep": [4], "seeds": [1], "text": str(TEXT), "sequences": 4,
         "length": 24, "blocks": 2, "dtype": "float32", "device": "cpu", "processes": 1,
     }  # fmt: skip
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(config))
     snakemake("--configfile", str(path))
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")
-    assert sorted(table["strategy"]) == ["distributed", "random", "top_k"]
+    assert sorted(table["strategy"]) == ["random", "top_k"]
     assert (table["k"] == 4).all()
     assert table["kept"].str.split().str.len().eq(4).all()
     assert "Nothing to be done" in snakemake("--configfile", str(path), "--dry-run")
