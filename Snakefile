@@ -44,7 +44,7 @@ def inputs(notebook):
     if notebook.stem != "09_summary":
         return needed + tables(files_of(notebook).reads)
     needed += sorted(glob.glob("paper_src/reporting/summary*.j2") + glob.glob("paper_src/reporting/*.yaml"))
-    needed += sorted(glob.glob("tables/long/*"))
+    needed += sorted(glob.glob("tables/long/*") + glob.glob("tables/gpu/*"))
     return needed + [file for other in NOTEBOOKS if other.name < notebook.name for file in outputs(other)]
 
 
