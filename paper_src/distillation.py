@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
-from paper_src.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
 from paper_src.models import last_hidden, logits_of
+from paper_src.support.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
 
 
 @dataclass

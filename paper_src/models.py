@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from paper_src import InputError
-from paper_src.sources import Asset, fetch, sha256
+from paper_src.support.sources import Asset, fetch, sha256
 
 PINNED = {
     "smollm2-135m-instruct": Asset(

@@ -23,7 +23,7 @@ from paper_src import InputError, NotSupported
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner, StandIn
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
-from paper_src.processes import ALONE, Processes
+from paper_src.support.processes import ALONE, Processes
 
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)
 HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by

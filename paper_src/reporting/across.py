@@ -8,9 +8,28 @@ import pandas as pd
 from scipy.stats import hypergeom
 
 from paper_src import InputError
-from paper_src.files import replacing
 from paper_src.reporting.findings import load
+from paper_src.support.files import replacing
 
+COLUMNS = {  # column -> finding, and what of it
+    "tau_fisher_leave_one_out": ("tau_leave_one_out_fisher", "value"),
+    "tau_fisher_lo": ("tau_leave_one_out_fisher", "lo"),
+    "tau_fisher_hi": ("tau_leave_one_out_fisher", "hi"),
+    "nearest_score": ("tau_leave_one_out_nearest", "text"),
+    "tau_nearest": ("tau_leave_one_out_nearest", "value"),
+    "top_k_selections": ("top_k_better_than_random", "n"),
+    "top_k_better_than_random": ("top_k_better_than_random", "value"),
+    "distributed_selections": ("distributed_better_than_random", "n"),
+    "distributed_better_than_random": ("distributed_better_than_random", "value"),
+    "k": ("k_smallest", "value"),
+    "speedup": ("speedup_smallest", "value"),
+    "ppl_ratio_distributed": ("ppl_ratio_recommended", "value"),
+    "ppl_ratio_chosen": ("ppl_ratio_chosen", "value"),
+    "ppl_ratio_recovered": ("ppl_ratio_recovered_smallest", "value"),
+    "cosine_recovered": ("cosine_recovered_smallest", "value"),
+    "cosine_constant": ("cosine_constant", "value"),
+}
+COUNTS = ("top_k", "distributed", "k")  # columns that begin so hold whole numbers
 PATTERNS = ("fisher", "combined", "leave_one_out", "shapley")
 
 
@@ -46,25 +65,11 @@ def row(tables: Path) -> dict[str, object]:
     for score in PATTERNS:
         inside = int(found[f"pattern_{score}"].value)
         columns |= {f"in_pattern_{score}": inside, f"p_{score}": hypergeom.sf(inside - 1, depth, size, size)}
-    fisher, nearest = found["tau_leave_one_out_fisher"], found["tau_leave_one_out_nearest"]
-    return columns | {
-        "tau_fisher_leave_one_out": fisher.value,
-        "tau_fisher_lo": fisher.lo,
-        "tau_fisher_hi": fisher.hi,
-        "nearest_score": nearest.text,
-        "tau_nearest": nearest.value,
-        "top_k_selections": int(found["top_k_better_than_random"].n),
-        "top_k_better_than_random": int(found["top_k_better_than_random"].value),
-        "distributed_selections": int(found["distributed_better_than_random"].n),
-        "distributed_better_than_random": int(found["distributed_better_than_random"].value),
-        "k": int(found["k_smallest"].value),
-        "speedup": found["speedup_smallest"].value,
-        "ppl_ratio_distributed": found["ppl_ratio_recommended"].value,
-        "ppl_ratio_chosen": found["ppl_ratio_chosen"].value,
-        "ppl_ratio_recovered": found["ppl_ratio_recovered_smallest"].value,
-        "cosine_recovered": found["cosine_recovered_smallest"].value,
-        "cosine_constant": found["cosine_constant"].value,
-    }
+    return columns | {name: _whole(name, getattr(found[finding], part)) for name, (finding, part) in COLUMNS.items()}
+
+
+def _whole(column: str, value: object) -> object:
+    return int(value) if column.startswith(COUNTS) else value
 
 
 def write(table: Path, folders: Sequence[Path]) -> str:

@@ -17,8 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from nbconvert.filters import markdown2html
 
 from paper_src import InputError
-from paper_src.files import replacing
 from paper_src.reporting.graph import strings_in
+from paper_src.support.files import replacing
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SECTIONS = Path(__file__).parents[1] / "sections"

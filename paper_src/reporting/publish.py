@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from paper_src.files import replacing
+from paper_src.support.files import replacing
 
 OURS = re.compile(r"([tf]\d+|\d\d)_\w+\.\w+")  # tables, figures, provenance: nothing else is copied
 LARGER = re.compile(r"([tf]|0)[567]_\w+\.\w+")  # sections 5 to 7, whose budgets are larger in the profile ``long``

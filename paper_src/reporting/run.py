@@ -174,11 +174,3 @@ def _stop_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":  # the former command line
-    import sys
-
-    from paper_src.reporting.__main__ import main
-
-    sys.exit(main(["run", *sys.argv[1:]]))

@@ -24,8 +24,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from paper_src import InputError
-from paper_src.files import replacing
 from paper_src.reporting.parameters import check_types, declared
+from paper_src.support.files import replacing
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
 SAVED = {"svg.hashsalt": "paper", "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 150}  # asked when saving

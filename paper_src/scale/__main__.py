@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from paper_src import InputError
-from paper_src.files import replacing
 from paper_src.scale import launch, scores, sweep
+from paper_src.support.files import replacing
 
 ENDED = "another process of this run has ended: no table was written"
 

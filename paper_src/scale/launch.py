@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-from paper_src.processes import ALONE, Processes
+from paper_src.support.processes import ALONE, Processes
 
 
 class Launched(Processes):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paper_src import InputError, coalitions, data, models, scoring
-from paper_src.processes import ALONE, Processes
+from paper_src.support.processes import ALONE, Processes
 
 
 def scores(use: argparse.Namespace) -> pd.DataFrame:

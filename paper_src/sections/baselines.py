@@ -19,14 +19,14 @@ from paper_src import NotSupported, distillation, timing
 from paper_src.baselines import sparsity, zero_shot
 from paper_src.baselines.methods import METHODS, Repaired, Setting
 from paper_src.baselines.size import bytes_of, count_of, require_alive
-from paper_src.checkpoints import run_folder
-from paper_src.files import replacing
 from paper_src.models import count_parameters
 from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, PURPLE, RED, SKY, STYLE
 from paper_src.sections.judge import Judge
 from paper_src.sections.recovery import refit, start_of
-from paper_src.sources import sha256
+from paper_src.support.checkpoints import run_folder
+from paper_src.support.files import replacing
+from paper_src.support.sources import sha256
 
 
 @dataclass

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paper_src import sources
-from paper_src.sources import Asset, sha256
+from paper_src.support import sources
+from paper_src.support.sources import Asset, sha256
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests/data/tiny-llama"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paper_src.checkpoints import OneDevice, run_folder
+from paper_src.support.checkpoints import OneDevice, run_folder
 
 
 @pytest.mark.parametrize(("on", "gpus"), [("cpu", 0), ("meta", 1)])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paper_src import files
 from paper_src.compaction import compact, save
 from paper_src.models import count_parameters, decoder_layers
+from paper_src.support import files
 
 KEPT = [0, 2, 3]  # of 4 layers
 

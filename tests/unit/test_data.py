@@ -9,7 +9,7 @@ import torch
 from paper_src import data
 from paper_src.data import load_text, token_blocks
 from paper_src.sections import judge
-from paper_src.sources import sha256
+from paper_src.support.sources import sha256
 
 TEXT = " ".join(str(number) for number in range(1000, 3000))  # every place in it is known by its numbers
 

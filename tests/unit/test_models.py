@@ -22,7 +22,7 @@ from paper_src.models import (
     pick_device,
     pick_dtype,
 )
-from paper_src.sources import sha256
+from paper_src.support.sources import sha256
 
 PATHS = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi"], "model.layers")
 PATHS |= {"olmo2": "model.layers", "cohere": "model.layers", "mixtral": "model.layers"}

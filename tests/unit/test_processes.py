@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from paper_src import processes
-from paper_src.processes import Processes
 from paper_src.scale import __main__ as command_line
+from paper_src.support import processes
+from paper_src.support.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"

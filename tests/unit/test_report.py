@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_src import InputError, files, selection
+from paper_src import InputError, selection
 from paper_src.reporting.section import Section
+from paper_src.support import files
 
 
 @pytest.fixture

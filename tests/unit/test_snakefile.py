@@ -53,7 +53,7 @@ def test_known_dependencies(name, needs):
 
 def test_modules_are_followed_through_imports():
     found = modules_of(ROOT / "notebooks" / "06_recommendation.ipynb", ROOT)
-    assert {"paper_src/data.py", "paper_src/files.py", "paper_src/recommendation/encoders.py"} <= set(found)
+    assert {"paper_src/data.py", "paper_src/support/files.py", "paper_src/recommendation/encoders.py"} <= set(found)
 
 
 def test_made_without_condition_and_read_of_others(tmp_path):

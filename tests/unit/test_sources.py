@@ -5,8 +5,8 @@ import zipfile
 
 import pytest
 
-from paper_src import sources
-from paper_src.sources import Asset, fetch, sha256
+from paper_src.support import sources
+from paper_src.support.sources import Asset, fetch, sha256
 
 CONTENT = b"ten layers of text\n"
 MEMBER = "tinycorpus/data/text.txt"

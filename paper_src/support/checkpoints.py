@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
-from paper_src.files import replacing
+from paper_src.support.files import replacing
 
 
 @dataclass
