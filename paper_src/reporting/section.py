@@ -138,8 +138,8 @@ class Section:
         folder, table = name.split("/")
         record = f"{self._maker(table)}.json"
         places = [self.root / "tables" / record, Path("../tables") / folder / record]
-        models = [json.loads(place.read_text())["model"] if place.is_file() else None for place in places]
-        if None in models or models[0]["sha256"] != models[1]["sha256"]:
+        models = [json.loads(place.read_text()).get("model") if place.is_file() else None for place in places]
+        if not all(models) or models[0]["sha256"] != models[1]["sha256"]:
             raise InputError(f"no larger run of {name} on this model: tables/README.md says what makes it")
         return pd.read_csv(f"../tables/{name}.csv")
 
