@@ -194,11 +194,7 @@ class ShapleyValues:
 
 
 def shapley(
-    evaluators: Iterable[Evaluator],
-    target: float = 0.05,
-    seed: int = 0,
-    least: int = 4,
-    processes: Processes = ALONE,
+    evaluators: Iterable[Evaluator], target: float = 0.05, seed: int = 0, least: int = 4, processes: Processes = ALONE
 ) -> ShapleyValues:
     """Shapley values of the layers in the game v(S) = -metric(S), by sampled permutations.
 

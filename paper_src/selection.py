@@ -209,12 +209,7 @@ def swap_refinement(stages: Stages, kept: Sequence[int]) -> KeptLayers:
 
 
 def evopress(
-    stages: Stages,
-    k: int,
-    generations: int = 20,
-    offspring: int = 32,
-    initial: int = 64,
-    seed: int = 0,
+    stages: Stages, k: int, generations: int = 20, offspring: int = 32, initial: int = 64, seed: int = 0
 ) -> KeptLayers:
     """Evolutionary search at fixed k (algorithm 1 of the paper, "level switch").
 
@@ -310,5 +305,5 @@ STRATEGIES = {
         "staged removal", "search", "search", "ours: greedy removal that spends most text on the best"),
     "swap": Strategy(
         lambda search, k: swap_refinement(search.stages, search.best),
-        "swaps", "search", "search", "ours: improves the best of the searches before it"),
+        "swaps", "search", "search", "ours: improves the best of the searches before it")
 }  # fmt: skip

@@ -18,10 +18,6 @@ STYLE = {
 }
 # Okabe and Ito's palette, safe for colour-blind readers
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7f7f7f",
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7f7f7f"
 )  # fmt: skip
-TASKS = {
-    "prefill_hidden": "prefill, hidden states",
-    "prefill_logits": "prefill with logits",
-    "decode": "decode",
-}
+TASKS = {"prefill_hidden": "prefill, hidden states", "prefill_logits": "prefill with logits", "decode": "decode"}
