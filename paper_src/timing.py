@@ -1,5 +1,6 @@
 """Honest speed: warm, interleaved, synchronized, beside what the arithmetic allows."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from paper_src import InputError
@@ -19,11 +20,15 @@ TASKS = ("prefill_hidden", "prefill_logits", "decode")
 
 
 def _attention_flops(query: list[int], key: list[int], value: list[int], *args, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
+    """2 B H T S (d_qk + d_v) of a query (B, H, T, d_qk) and S keys and values, of as many heads or fewer."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
-# the counter of torch 2.13 does not know the CPU's attention kernel
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# torch's counter does not know the CPU's kernel, and some releases of it refuse queries in groups
+_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention{end}"): _attention_flops
+    for kernel, end in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,10 @@ def compare_speed(
 ) -> list[dict[str, float]]:
     """One row for each compact model: ``speedup`` = median over rounds of seconds(full) / seconds(compact).
 
-    In every round all models run once, in an order that rotates; a ratio is taken within its round, so
-    that a machine whose speed drifts distorts both sides alike. One run before counts FLOPs and warms up.
-
-    Args:
-        compact: k, or a name -> compact model, on the same device and in the same dtype.
-
-    Returns:
-        Rows with the workload, ``k``, ``speedup`` and its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``,
-        ``ideal`` (FLOPs ratio), ``share_of_ideal``, ``full_ms``, ``compact_ms`` (medians) and ``rounds``.
+    A ratio is taken within its round, so that a machine whose speed drifts distorts both sides alike. One run before
+    counts FLOPs and warms up. A row has the workload, ``k`` (the key of ``compact``, whose models are on the same
+    device in the same dtype), ``speedup`` and its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``, ``ideal``
+    (FLOPs ratio), ``share_of_ideal``, ``full_ms``, ``compact_ms`` (medians) and ``rounds``.
     """
     models = {None: full, **compact}
     prompt = random_prompt(full, workload, seed)
@@ -104,8 +104,8 @@ def count_flops(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> i
 
     Attention is counted in full, although a causal kernel may skip half of it.
     """
-    work = _work(model, workload, prompt)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    work = _work(model, workload, prompt)  # outside: the prefill before decoding is not counted
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         work()
     return counter.get_total_flops()
 

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from paper_src import timing
 from paper_src.compaction import compact, save
@@ -66,6 +67,22 @@ def test_flops_of_logits_add_the_head_for_every_token(llama):
 def test_flops_of_decoding_grow_with_the_cache_and_leave_out_the_prefill(llama):
     pairs = 8 + 9 + 10  # the first new token sees the prompt of 7 and itself
     assert flops(llama, "decode", 2, 7, 3) == 2 * (3 * (4 * LINEAR + HEAD) + 4 * pairs * ATTENTION)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_for_cpu", "flash_attention", "efficient_attention"])
+def test_attention_of_grouped_queries_counts_every_query(kernel):
+    """2 texts, 6 queries a key and value: 12 heads, 3 x 5 pairs, 2 operations for each of 8 units of key and value."""
+    operation = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    query, key = torch.empty(2, 12, 3, 4, device="meta"), torch.empty(2, 2, 5, 4, device="meta")
+    more = {"attn_bias": None, "compute_log_sumexp": False} if kernel.startswith("efficient") else {}
+    with FlopCounterMode(display=False, custom_mapping=timing._ATTENTION) as counter:
+        operation(query, key, key, **more)
+    assert counter.get_total_flops() == 2 * 2 * 12 * 3 * 5 * 8
+
+
+def test_attention_flops_by_hand():
+    """1 text, 2 heads, 3 x 5 pairs: 4 multiply-adds for the product of query and key and 6 for the weighted value."""
+    assert timing._attention_flops([1, 2, 3, 4], [1, 1, 5, 4], [1, 1, 5, 6]) == 2 * 2 * 15 * (4 + 6)
 
 
 @pytest.mark.parametrize("task", timing.TASKS)
