@@ -10,6 +10,7 @@ import torch
 
 from paper_src import scoring, selection
 from paper_src.coalitions import Cost
+from paper_src.layers import LayerRunner
 from paper_src.reporting.parameters import parameters_for
 
 ROOT = Path(__file__).parents[2]
@@ -23,16 +24,19 @@ SMALL = {
 
 
 # what docs/extending.md shows: the function and the entry of a score, and those of a strategy
-@torch.no_grad()
 def update_size(calibration):
-    """How far each layer moves the states: E |h' - h| / |h| over tokens."""
-    rows = []
+    """How far each layer moves the states, before the final norm: E |h' - h| / |h| over tokens."""
+    runner, rows = LayerRunner(calibration.model), []
+
+    def moved(index, layer, hidden):  # (1, T, d)
+        after = layer(hidden)
+        rows[-1].append(float(((after - hidden).norm(dim=-1) / hidden.norm(dim=-1)).mean()))
+        return after
+
     for block in calibration.progress(calibration.blocks, "update size"):
-        states = calibration.model(block[None], output_hidden_states=True).hidden_states
-        states = torch.stack(states).double()  # (L+1, 1, T, d)
-        size = (states[1:] - states[:-1]).norm(dim=-1) / states[:-1].norm(dim=-1)
-        rows.append(size.mean(dim=(1, 2)))
-    return {"update_size": torch.stack(rows)}, Cost(1, calibration.blocks.numel())  # (N, L)
+        rows.append([])
+        runner.drive(block[None].to(calibration.model.device), moved)
+    return {"update_size": torch.tensor(rows, dtype=torch.float64)}, Cost(1, calibration.blocks.numel())  # (N, L)
 
 
 def every_second(depth, k):
@@ -122,6 +126,6 @@ def test_the_page_shows_the_same_lines():
     """docs/extending.md cannot fall behind this test."""
     page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     own = Path(__file__).read_text(encoding="utf-8")
-    for start, end in (("@torch.no_grad()\ndef update_size", "\n\n\ndef every"), ("def every_second", "\n\n\n@pytest")):
+    for start, end in (("def update_size", "\n\n\ndef every"), ("def every_second", "\n\n\n@pytest")):
         lines = own[own.index(start) :]
         assert lines[: lines.index(end)] in page
