@@ -14,6 +14,7 @@ parameters theta, and h its output, the one pass of :func:`score_layers` gives
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,15 @@ from paper_src import InputError, coalitions
 from paper_src.coalitions import Cost, Store
 from paper_src.layers import LayerRunner
 from paper_src.models import decoder_layers, last_hidden, logits_of, offloaded
-from paper_src.sums import ActivationSums, GradientSums, frozen, watch
+from paper_src.sums import ActivationSums, GradientSums, frozen, watched
 
 
 @dataclass
 class LayerScores:
-    """Scores of L layers; ``angular[l, m]``, in [0, 1], is the angle between the last token's states before l and m."""
+    """Scores of L layers; ``angular[l, m]`` = E arccos(cos) / pi of the last token's states before layers l and m."""
 
     per_sequence: dict[str, Tensor]  # name -> (N, L) float64, a row a sequence or a group of them
-    angular: Tensor  # (L+1, L+1) float64; m = L: before the final norm
+    angular: Tensor  # (L+1, L+1) float64 in [0, 1]; m = L: before the final norm
     parameters: Tensor  # (L,) int64
 
     def rows(self, name: str) -> int:
@@ -59,13 +60,9 @@ class LayerScores:
 
 
 def score_layers(
-    model: PreTrainedModel,
-    blocks: Tensor,
-    batch_size: int = 8,
-    labels: str = "text",
-    seed: int = 0,
+    model: PreTrainedModel, blocks: Tensor, batch_size: int = 8, labels: str = "text", seed: int = 0,
     progress: Callable = iter,
-) -> LayerScores:
+) -> LayerScores:  # fmt: skip
     """The scores above from one forward and backward pass over ``blocks``.
 
     Args:
@@ -74,7 +71,6 @@ def score_layers(
         batch_size: sequences a step. 1 serves layers that mix sequences (flattened experts).
         labels: ``text``: g is of the text's own next tokens (empirical Fisher). ``model``: of next tokens drawn, by
             ``seed``, from the model's distribution (true Fisher).
-        seed: of the drawn labels.
         progress: wraps the iterable of batches.
 
     Raises:
@@ -95,7 +91,8 @@ def score_layers(
     parameters = torch.tensor([sum(p.numel() for p in layer.parameters()) for layer in layers])
     per_sequence["fisher_per_parameter"] = per_sequence["fisher"] / parameters
     _require_finite(per_sequence)
-    return LayerScores(per_sequence, _angular(torch.cat(states)), parameters)
+    unit = functional.normalize(torch.cat(states).double(), dim=-1)  # (N, L+1, d)
+    return LayerScores(per_sequence, (unit @ unit.mT).clamp(-1, 1).arccos().mean(dim=0) / math.pi, parameters)
 
 
 def _check(model: PreTrainedModel, blocks: Tensor, batch_size: int, labels: str) -> None:
@@ -114,7 +111,7 @@ def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """(L,) float64 sum over a layer's weights of |W dL/dW|.
 
     L is the mean NLL of all ``blocks`` (N, T) together, so that gradients of different texts may cancel before the
-    absolute value (the ``taylor`` of :func:`score_layers` takes each layer as one group, and each sequence for itself).
+    absolute value. (``taylor`` takes each layer as one group, and each sequence for itself.)
     """
     layers = decoder_layers(model)
     total = torch.zeros(len(layers), dtype=torch.float64)
@@ -122,18 +119,12 @@ def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     def add(index: int, parameter: Tensor) -> None:
         total[index] += (parameter.detach().float() * parameter.grad.float()).abs().sum(dtype=torch.float64).cpu()
 
-    with frozen(model), torch.enable_grad():
-        watched = [
-            watch(parameter, functools.partial(add, index))
-            for index, layer in enumerate(layers)
-            for parameter in layer.parameters()
-        ]
-        try:
-            hidden = last_hidden(model, blocks)
-            hidden.backward(_loss_gradient(model, hidden.detach(), blocks.to(model.device), None) / len(blocks))
-        finally:
-            for undo in watched:
-                undo()
+    with frozen(model), torch.enable_grad(), ExitStack() as watches:
+        for index, layer in enumerate(layers):
+            for parameter in layer.parameters():
+                watches.enter_context(watched(parameter, functools.partial(add, index)))
+        hidden = last_hidden(model, blocks)
+        hidden.backward(_loss_gradient(model, hidden.detach(), blocks.to(model.device), None) / len(blocks))
     _require_finite({"weight_taylor": total[None]})
     return total
 
@@ -141,8 +132,7 @@ def weight_taylor(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 def combined_score(scores: dict[str, Tensor]) -> Tensor:
     """(L,) in [0, 1]: the mean of the given scores (L,), each put on a log scale and min-max scaled.
 
-    The earlier report combined scores without stating how; this is our definition. The log keeps one huge layer from
-    flattening all others.
+    The earlier report does not say how it combined them. The log keeps one huge layer from flattening all others.
 
     Raises:
         InputError: a score that is not positive.
@@ -157,54 +147,43 @@ def combined_score(scores: dict[str, Tensor]) -> Tensor:
     return torch.stack(scaled).mean(dim=0)
 
 
+Scored = tuple[dict[str, Tensor], Tensor]
+
+
 def _score_batch(
     model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> Scored:
     """Scores (B, L) of one batch, and the last token's states (B, L+1, d) before each layer and at the end."""
     batch = batch.to(model.device)
-    gradients = GradientSums(layers, *batch.shape)
-    activations = ActivationSums(layers)
-    embedding = model.get_input_embeddings()
-    root = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    try:
+    root = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    with root, GradientSums(layers, *batch.shape) as gradients, ActivationSums(layers) as activations:
         hidden = last_hidden(model, batch)
         hidden.backward(_loss_gradient(model, hidden.detach(), batch, generator))
-    finally:
-        root.remove()
-        gradients.remove()
-        activations.remove()
     return _row(gradients.squared, gradients.inner, activations)
 
 
 def _score_layerwise(
     model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> Scored:
     """:func:`_score_batch` with the weights of one layer in memory: states are held, each layer runs once more."""
-    batch = batch.to(model.device)
-    runner = LayerRunner(model)
-    activations, states = ActivationSums(layers), []
-    last = len(layers) - 1
+    batch, runner = batch.to(model.device), LayerRunner(model)
+    states, last = [], len(layers) - 1
 
     def hold(index: int, layer: Callable, hidden: Tensor) -> Tensor:
         output = layer(hidden)
         states.extend([hidden, output] if index == last else [hidden])
         return output
 
-    try:
+    with ActivationSums(layers) as activations:
         hidden = runner.drive(batch, hold)
-    finally:
-        activations.remove()
     end = states.pop().requires_grad_()
     normed = runner.drive(batch, lambda index, layer, hidden: end if index == last else hidden, gradients=True)
     normed.backward(_loss_gradient(model, hidden, batch, generator))
     upstream = end.grad
     squared, inner = torch.zeros(2, len(batch), len(layers), dtype=torch.float64, device=batch.device)
     for index in reversed(range(len(layers))):
-        sums = GradientSums(nn.ModuleList([layers[index]]), *batch.shape, device=batch.device)
-        try:
+        with GradientSums(nn.ModuleList([layers[index]]), *batch.shape, device=batch.device) as sums:
             upstream = _through(runner, batch, index, states.pop(), upstream)
-        finally:
-            sums.remove()
         squared[:, index], inner[:, index] = sums.squared[:, 0], sums.inner[:, 0]
     return _row(squared, inner, activations)
 
@@ -245,12 +224,6 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, batch: Tensor, genera
         loss = functional.cross_entropy(logits, labels)
         gradient[index] = torch.autograd.grad(loss, leaf)[0][0]
     return gradient
-
-
-def _angular(ends: Tensor) -> Tensor:
-    """(L+1, L+1) mean angular distance arccos(cos)/pi between last-token states (N, L+1, d)."""
-    unit = functional.normalize(ends.double(), dim=-1)
-    return (unit @ unit.mT).clamp(-1, 1).arccos().mean(dim=0) / math.pi
 
 
 def _require_finite(per_sequence: dict[str, Tensor]) -> None:
@@ -389,6 +362,5 @@ def passes(name: str) -> list[str]:
     """The passes that a score, or what else comes with the one pass, is read from, as t1_cost names them."""
     if name not in SCORES:
         return [pass_name(one_pass)]
-    entry = SCORES[name]
-    found = [part for other in entry.made_of for part in passes(other)] or [pass_name(entry.measure)]
+    found = [part for other in SCORES[name].made_of for part in passes(other)] or [pass_name(SCORES[name].measure)]
     return list(dict.fromkeys(found))

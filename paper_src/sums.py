@@ -10,7 +10,7 @@ from vectors to sequences).
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def watch(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Callable[[], None]:
-    """Let ``reduce`` see the parameter's gradient as soon as it is known, then let it go; returns what undoes this."""
+@contextmanager
+def watched(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, ``reduce`` sees the parameter's gradient as soon as it is known, and then the gradient is let go."""
     before, parameter.grad = parameter.grad, None
     parameter.requires_grad_(True)  # frozen puts it back
 
@@ -43,42 +44,36 @@ def watch(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Callable[[], N
         reduce(parameter)
         parameter.grad = None
 
-    handle = parameter.register_post_accumulate_grad_hook(hook)
-
-    def undo() -> None:
-        handle.remove()
-        parameter.grad = before
-
-    return undo
+    with parameter.register_post_accumulate_grad_hook(hook):
+        try:
+            yield
+        finally:
+            parameter.grad = before
 
 
-class GradientSums:
-    """Per-sequence ||g||^2 and theta . g of each layer, summed by hooks during one backward pass."""
+class GradientSums(ExitStack):
+    """Per-sequence ||g||^2 and theta . g of each layer, summed by hooks in one backward pass, until it is closed."""
 
     def __init__(self, layers: nn.ModuleList, batch_size: int, tokens: int, device: torch.device | None = None):
+        super().__init__()
         device = device or next(layers.parameters()).device
         self.tokens = tokens
         self.squared = torch.zeros(batch_size, len(layers), dtype=torch.float64, device=device)
         self.inner = torch.zeros_like(self.squared)
         self.inputs: dict[nn.Module, Tensor] = {}
-        self.undo: list[Callable] = []
+        self.callback(self.inputs.clear)
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
                 own = list(module.parameters(recurse=False))
                 if isinstance(module, nn.Linear | Conv1D) or all(parameter.ndim == 1 for parameter in own):
                     if own:
-                        self.undo.append(module.register_forward_hook(self._forward_hook(index, name)).remove)
+                        self.enter_context(module.register_forward_hook(self._forward_hook(index, name)))
                 elif batch_size == 1:
-                    self.undo += [watch(parameter, functools.partial(self._add, index)) for parameter in own]
+                    for parameter in own:
+                        self.enter_context(watched(parameter, functools.partial(self._add, index)))
                 else:  # experts and routers: their gradients are known for the whole batch only
-                    self.remove()
+                    self.close()
                     raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
-
-    def remove(self) -> None:
-        """Take the hooks off and let go of what they hold."""
-        for undo in self.undo:
-            undo()
-        self.inputs.clear()
 
     def _add(self, index: int, parameter: Tensor) -> None:
         self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
@@ -86,14 +81,11 @@ class GradientSums:
 
     def _forward_hook(self, index: int, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            x = args[0] if args else None
-            batch_size = len(self.squared)
+            x, batch_size = args[0] if args else None, len(self.squared)
             tensors = isinstance(x, Tensor) and isinstance(output, Tensor)
             if not tensors or len(x) not in (batch_size, batch_size * self.tokens):
-                raise InputError(
-                    f"layer {index}, {name}: its input does not start with the batch of {batch_size}; "
-                    "score this model with batch_size=1"
-                )
+                problem = f"its input does not start with the batch of {batch_size}"
+                raise InputError(f"layer {index}, {name}: {problem}; score this model with batch_size=1")
             if module in self.inputs:
                 raise InputError(f"layer {index}, {name} is used twice in one pass: its weights are shared")
             self.inputs[module] = x.detach()
@@ -111,8 +103,7 @@ class GradientSums:
 
     @torch.no_grad()
     def _reduce(self, index: int, module: nn.Module, output: Tensor, gradient: Tensor) -> None:
-        x = self.inputs.pop(module)
-        size = len(self.squared)
+        x, size = self.inputs.pop(module), len(self.squared)
         if len(x) != size:  # OPT flattens (B, T, .) to (B T, .)
             x, gradient, output = (tensor.unflatten(0, (size, -1)) for tensor in (x, gradient, output))
         if isinstance(module, nn.Linear | Conv1D):
@@ -150,9 +141,8 @@ def _small_module(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tenso
 
     with torch.enable_grad():
         gradients = torch.func.vmap(weight_gradient)(x, gradient)  # each (B, *shape of the parameter)
-    squared = sum(_sum_squares(value) for value in gradients.values())
     inner = sum(_sum_products(value, parameters[name][None]) for name, value in gradients.items())
-    return squared, inner
+    return sum(map(_sum_squares, gradients.values())), inner
 
 
 def _sum_products(a: Tensor, b: Tensor) -> Tensor:
@@ -164,18 +154,15 @@ def _sum_squares(a: Tensor) -> Tensor:
     return _sum_products(a, a)
 
 
-class ActivationSums:
-    """Per-sequence statistics of each layer's input and output, taken by hooks during the forward pass."""
+class ActivationSums(ExitStack):
+    """Per-sequence statistics of each layer's input and output, taken by hooks, until it is closed."""
 
     def __init__(self, layers: nn.ModuleList):
+        super().__init__()
         self.columns: dict[str, list[Tensor]] = {}
         self.ends: list[Tensor] = []
-        self.handles = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in layers]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
+        for layer in layers:
+            self.enter_context(layer.register_forward_hook(self._hook, with_kwargs=True))
 
     @torch.no_grad()
     def _hook(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
