@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import StackDataset
 from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
@@ -18,33 +18,21 @@ from paper_src.support.checkpoints import OneDevice, WatchedTrainer, run_folder,
 
 @dataclass
 class Distillation:
-    """How to distil.
+    """How to distil."""
 
-    Attributes:
-        batch_size: blocks a step.
-        epochs: passes over the blocks. The full model answers each block once, whatever their number.
-        learning_rate: peak of AdamW's; linear warm-up over ``warmup`` of the steps, then cosine to zero.
-        kl: weight of KL(p || p') of the next-token distributions, nats per token.
-        kl_every: every so many tokens enter the KL, each step others; all enter the other terms. The head costs as
-            much as many layers, and neighbouring tokens say nearly the same.
-        hidden: weight of 1 - cos(h, h') of the last hidden states.
-        states: weight of the relative squared error |h - h'|^2 / |h|^2 of the states before each kept layer.
-        evaluate_every: steps between two looks at validation text, and between two checkpoints; the last is a look.
-        patience: looks without progress after which it stops.
-        seed: of the order of the blocks.
-    """
-
-    batch_size: int = 8
-    epochs: int = 1
-    learning_rate: float = 5e-4
+    batch_size: int = 8  # blocks a step
+    epochs: int = 1  # passes over the blocks; the full model answers each block once, whatever their number
+    learning_rate: float = 5e-4  # peak of AdamW's: linear warm-up over ``warmup`` of the steps, then cosine to zero
     warmup: float = 0.05
-    kl: float = 1.0
+    kl: float = 1.0  # weight of KL(p || p') of the next-token distributions, nats per token
+    # every so many tokens enter the KL, each step others; all enter the other terms: the head costs as much as many
+    # layers, and neighbouring tokens say nearly the same
     kl_every: int = 4
-    hidden: float = 1.0
-    states: float = 0.0
-    evaluate_every: int = 20
-    patience: int = 5
-    seed: int = 0
+    hidden: float = 1.0  # weight of 1 - cos(h, h') of the last hidden states
+    states: float = 0.0  # weight of the relative squared error |h - h'|^2 / |h|^2 of the states before each kept layer
+    evaluate_every: int = 20  # steps between looks at validation text, and between checkpoints; the last is a look
+    patience: int = 5  # looks without progress after which it stops
+    seed: int = 0  # of the order of the blocks
 
 
 @dataclass
@@ -62,15 +50,14 @@ def distil(
 ) -> Distilled:  # fmt: skip
     """``student`` trained on ``blocks`` (N, T) so that it answers as ``full`` does; neither is changed.
 
-    A float32 copy is trained, without its embedding and head; where ``full`` is in bfloat16 the products are, too
-    (autocast). A run that was killed goes on from its last checkpoint in ``folder`` and ends where it would have,
-    one that has ended is read from there.
+    A float32 copy is trained in float32, without its embedding and head. (Trainer's autocast to bfloat16 wraps only
+    the model's own forward, as of transformers 5.23; the loss calls the parts of the model and never that.) A run that
+    was killed goes on from its last checkpoint in ``folder`` and ends where it would have; one that has ended is read.
 
     Args:
         student: compact, possibly refitted.
         validation: the full model's answers to validation text: decides which state is best and when to stop.
         folder: of all runs' checkpoints, and of the full model's states of ``blocks`` where there are several passes.
-        settings: defaults if None.
         kept: kept layers, needed for ``settings.states``.
         progress: called with a line of text at each look.
 
@@ -85,7 +72,7 @@ def distil(
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(False)
     if (history := stored_outcome(folder, model)) is None:
-        trainer = Distiller(full, validation, settings, kept, progress, model=model, train_dataset=_Blocks(blocks),
+        trainer = Distiller(full, validation, blocks, settings, kept, progress, model=model,
                             args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
         history = trainer.fit("step", *fidelity.METRICS, "tokens", "seconds")
         store_outcome(folder, model, history)
@@ -97,36 +84,13 @@ def distil(
 def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Distillation) -> OneDevice:
     steps = blocks // settings.batch_size * settings.epochs
     return OneDevice(
-        output_dir=str(folder),
-        on=str(full.device),
-        bf16=full.dtype == torch.bfloat16,
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        dataloader_drop_last=True,
-        learning_rate=settings.learning_rate,
-        warmup_steps=round(settings.warmup * steps),
-        lr_scheduler_type="cosine",
-        weight_decay=0.0,
-        eval_strategy="steps",
-        eval_steps=settings.evaluate_every,
-        save_strategy="steps",
-        save_steps=settings.evaluate_every,
-        save_total_limit=2,
-        metric_for_best_model="eval_kl_nats",
-        greater_is_better=False,
-        seed=settings.seed,
-    )
-
-
-class _Blocks(Dataset):
-    def __init__(self, blocks: Tensor):
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[index], "index": torch.tensor(index)}
+        output_dir=str(folder), on=str(full.device), bf16=full.dtype == torch.bfloat16, seed=settings.seed,
+        max_steps=steps, per_device_train_batch_size=settings.batch_size, dataloader_drop_last=True,
+        learning_rate=settings.learning_rate, warmup_steps=round(settings.warmup * steps),
+        lr_scheduler_type="cosine", weight_decay=0.0, eval_strategy="steps", eval_steps=settings.evaluate_every,
+        save_strategy="steps", save_steps=settings.evaluate_every, save_total_limit=2,
+        metric_for_best_model="eval_kl_nats", greater_is_better=False,
+    )  # fmt: skip
 
 
 class _Answers:
@@ -153,14 +117,15 @@ class Distiller(WatchedTrainer):
     """Its loss compares the model with a teacher, and what it measures is that of :mod:`fidelity`."""
 
     def __init__(
-        self, teacher: PreTrainedModel, validation: fidelity.Reference, settings: Distillation, kept: Sequence[int],
-        progress: Callable | None, **arguments,
+        self, teacher: PreTrainedModel, validation: fidelity.Reference, blocks: Tensor, settings: Distillation,
+        kept: Sequence[int], progress: Callable | None, **arguments,
     ):  # fmt: skip
-        super().__init__(settings.patience, eval_dataset=_Blocks(validation.blocks), **arguments)
+        arguments["train_dataset"] = StackDataset(input_ids=blocks, index=torch.arange(len(blocks)))
+        super().__init__(settings.patience, eval_dataset=StackDataset(input_ids=validation.blocks), **arguments)
         self.teacher, self.validation, self.settings, self.kept = teacher, validation, settings, kept
-        self.progress = progress
+        self.progress, self.tokens_a_step = progress, settings.batch_size * blocks.shape[1]
         repeats = settings.epochs > 1 and not settings.states
-        self.answers = _Answers(teacher, self.train_dataset.blocks, Path(self.args.output_dir)) if repeats else None
+        self.answers = _Answers(teacher, blocks, Path(self.args.output_dir)) if repeats else None
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
@@ -184,8 +149,10 @@ class Distiller(WatchedTrainer):
             kl = functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / log_q[..., 0].numel()
             loss = loss + use.kl * kl
         if use.states:
-            pairs = [(target.hidden_states[layer], own.hidden_states[n]) for n, layer in enumerate(self.kept) if n]
-            loss = loss + use.states * sum(_relative_error(*pair) for pair in pairs) / len(pairs)
+            places = [(layer, n) for n, layer in enumerate(self.kept) if n]
+            pairs = [(target.hidden_states[layer].float(), own.hidden_states[n]) for layer, n in places]
+            errors = [(t - state).square().sum(-1) / t.square().sum(-1) for t, state in pairs]  # (B, T)
+            loss = loss + use.states * sum(error.mean() for error in errors) / len(errors)
         return self.finite(loss)
 
     def measure(self) -> dict[str, float]:
@@ -196,11 +163,4 @@ class Distiller(WatchedTrainer):
         if self.progress:
             self.progress(f"step {self.state.global_step} of {self.args.max_steps}, {self.spent:.0f} s: "
                           f"cosine {means['cosine']:.3f}, KL {means['kl_nats']:.3f} nats")  # fmt: skip
-        tokens = self.state.global_step * self.settings.batch_size * self.train_dataset.blocks.shape[1]
-        return means | {"tokens": tokens}
-
-
-def _relative_error(target: Tensor, own: Tensor) -> Tensor:
-    """Mean over tokens of |t - h|^2 / |t|^2."""
-    target = target.float()
-    return ((target - own).square().sum(-1) / target.square().sum(-1)).mean()
+        return means | {"tokens": self.state.global_step * self.tokens_a_step}
