@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from random import Random
 from typing import NamedTuple, Protocol
 
@@ -51,12 +52,11 @@ class Cost:
 
 
 class Evaluator:
-    """``evaluator(kept)`` is a metric of the model with only the layers ``kept``: that of the compacted model.
+    """``evaluator(kept)`` is a metric of ``model`` compacted to the layers ``kept``; ``model`` is not changed.
 
     Subsets that are asked for together share the work of their common first layers, and each is evaluated once.
 
     Args:
-        model: the full model; it is not changed.
         blocks: (N, T) token ids; they go through a layer as one batch.
         metrics: names of :func:`fidelity.compare_states`; the first is the one that searches ask for.
         mean: (d,) mean state, for ``cosine_centred``: see :func:`fidelity.mean_state`.
@@ -69,15 +69,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        blocks: Tensor,
-        metrics: Sequence[str] = ("nll_nats",),
-        mean: Tensor | None = None,
-        scored: int | None = None,
-        memory_bytes: int = 2**28,
-        store: Store | None = None,
-    ):
+        self, model: PreTrainedModel, blocks: Tensor, metrics: Sequence[str] = ("nll_nats",),
+        mean: Tensor | None = None, scored: int | None = None, memory_bytes: int = 2**28, store: Store | None = None,
+    ):  # fmt: skip
         self.metrics = tuple(metrics)
         self._runner = SubsetRunner(model, blocks, memory_bytes)
         self.depth = self._runner.depth
@@ -130,7 +124,9 @@ class Evaluator:
             for name, value in zip(self.metrics, values, strict=True):
                 if not math.isfinite(value):
                     raise InputError(f"{name} of kept layers {kept} is {value}: check the weights of these layers")
-            self._known[kept] = Evaluation(tuple(values), len(kept) - _shared(before, kept), seconds)
+            pairs = zip(before, kept, strict=False)
+            shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(before))
+            self._known[kept] = Evaluation(tuple(values), len(kept) - shared, seconds)
 
 
 @contextmanager
@@ -159,15 +155,12 @@ def leave_one_out(evaluators: Iterable[Evaluator]) -> np.ndarray:
     rows = []
     for evaluator in evaluators:
         layers = range(evaluator.depth)
-        without = [tuple(other for other in layers if other != layer) for layer in layers]
-        values = evaluator.evaluate([layers, *without])[:, 0]
-        rows.append(values[1:] - values[0])
+        values = evaluator.evaluate([layers, *combinations(layers, len(layers) - 1)])[:, 0]
+        rows.append(values[:0:-1] - values[0])  # the first of the combinations lacks the last layer
     return np.stack(rows)
 
 
-def _shared(a: KeptLayers, b: KeptLayers) -> int:
-    """Length of the common prefix of two tuples."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # see _shapley_group
 
 
 @dataclass
@@ -204,30 +197,24 @@ def shapley(
 
     Args:
         evaluators: one a group, all of one depth and one list of metrics.
-        target: stop once the largest standard error is below this share of the largest value.
-        seed: of the permutations.
-        least: groups before that.
+        target: stop once the largest standard error is below this share of the largest value, after ``least`` groups.
         processes: who shares the groups; each gives its own evaluators, and all get the values of one process.
 
     Raises:
         InputError: fewer than two evaluators, or values that do not sum to v(all) - v(none).
     """
-    groups, gaps, coalitions = [], [], []
+    groups: list[Group] = []
     evaluators = (each for each in evaluators) if not hasattr(evaluators, "close") else evaluators
     with closing(evaluators):  # the last one's cost is added then
-        for values, gap, walked in _shapley_groups(evaluators, Random(seed), processes):
-            groups.append(values)
-            gaps.append(gap)
-            coalitions.append(walked)
-            result = ShapleyValues(np.stack(groups), np.max(gaps, axis=0), np.concatenate(coalitions))
+        for group in _shapley_groups(evaluators, Random(seed), processes):
+            groups.append(group)
+            values, gaps, coalitions = zip(*groups, strict=True)
+            result = ShapleyValues(np.stack(values), np.max(gaps, axis=0), np.concatenate(coalitions))
             if len(groups) >= max(least, 2) and result.relative_error() < target:
                 break
     if len(groups) < 2:
         raise InputError("Shapley values from fewer than 2 groups have no standard error: give more evaluators")
     return result
-
-
-Group = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _shapley_groups(evaluators: Iterable[Evaluator], generator: Random, processes: Processes) -> Iterator[Group]:
