@@ -86,8 +86,7 @@ def top_k(scores: Sequence[float], k: int) -> KeptLayers:
         >>> top_k([0.1, 0.9, 0.5, 0.9], 2)
         (1, 3)
     """
-    scores = _checked(scores)
-    _check_k(k, len(scores))
+    scores = _checked(scores, k)
     return tuple(sorted(_ranked(scores, range(len(scores)))[:k]))
 
 
@@ -101,14 +100,12 @@ def distributed(scores: Sequence[float], k: int, regions: int = 4) -> KeptLayers
         >>> distributed([9, 8, 1, 2, 5, 1, 1, 6], k=4, regions=2)
         (0, 1, 4, 7)
     """
-    scores = _checked(scores)
-    depth = len(scores)
-    _check_k(k, depth)
+    scores = _checked(scores, k)
     if regions < 1:
         raise InputError(f"regions = {regions}: give at least 1")
-    regions = min(regions, k)
+    depth, regions = len(scores), min(regions, k)
     bounds = [round(index * depth / regions) for index in range(regions + 1)]
-    place = {}
+    place = {}  # layer -> its rank in its region
     for low, high in pairwise(bounds):
         place |= {layer: rank for rank, layer in enumerate(_ranked(scores, range(low, high)))}
     return tuple(sorted(sorted(_ranked(scores, range(depth)), key=place.get)[:k]))
@@ -137,14 +134,11 @@ def first_and_last(depth: int, k: int) -> KeptLayers:
 
 
 def drop_block(angular: Tensor, k: int) -> KeptLayers:
-    """All but the contiguous block [l, l + n), n = L - k, whose input and output are nearest in angle.
-
-    l minimizes the angular distance d(l, l + n), which ``angular`` (L+1, L+1) holds: see ``LayerScores.angular``.
-    """
+    """All but the block of layers [l, l + n), n = L - k, of least ``LayerScores.angular`` (L+1, L+1) at (l, l + n)."""
     depth = len(angular) - 1
     _check_k(k, depth)
     removed = depth - k
-    distances = torch.as_tensor(angular).diagonal(removed)  # d(l, l + n) for l = 0 .. L - n
+    distances = torch.as_tensor(angular).diagonal(removed)  # of l = 0 .. L - n
     if torch.isnan(distances).any():
         raise InputError("an angular distance is NaN: the model's states are not finite, check its weights")
     start = int(distances.argmin())
@@ -160,10 +154,8 @@ def shortened_llama_taylor_plus(taylor: Sequence[float], k: int, first: int = 4,
         >>> shortened_llama_taylor_plus([1, 1, 1, 1, 5, 9, 7, 1, 1], 7)
         (0, 1, 2, 3, 5, 7, 8)
     """
-    scores = _checked(taylor)
-    depth = len(scores)
-    _check_k(k, depth)
-    tail = min(last, k)
+    scores = _checked(taylor, k)
+    depth, tail = len(scores), min(last, k)
     always = {*range(min(first, k - tail)), *range(depth - tail, depth)}
     others = _ranked(scores, [layer for layer in range(depth) if layer not in always])
     return tuple(sorted([*always, *others[: k - len(always)]]))
@@ -177,8 +169,8 @@ def sleb(evaluator: Evaluator, k: int) -> KeptLayers:
 def beam_search(stages: Stages, k: int) -> KeptLayers:
     """Removal of one layer a round from the best subsets so far; :func:`sleb` is one stage with one survivor.
 
-    ``stages`` are (evaluator, survivors) from little to much text: each judges what the one before let through, so
-    that most text is spent on the best; the survivors of the last are the beam.
+    ``stages`` are (evaluator, survivors) from little to much text: each judges what the one before let through; the
+    survivors of the last are the beam.
     """
     depth = stages[0][0].depth
     _check_k(k, depth)
@@ -193,12 +185,10 @@ def swap_refinement(stages: Stages, kept: Sequence[int]) -> KeptLayers:
 
     A swap is accepted only if it lowers the loss of the last stage, so the result is never worse than the start.
     """
-    kept = tuple(sorted(kept))
-    depth = stages[0][0].depth
+    kept, depth = tuple(sorted(kept)), stages[0][0].depth
     _check_k(len(kept), depth)
     for _ in range(10):
-        missing = [layer for layer in range(depth) if layer not in kept]
-        if not missing:
+        if not (missing := sorted({*range(depth)} - {*kept})):
             break
         larger = _survivors(stages, [tuple(sorted({*kept, layer})) for layer in missing])[0]
         better = _survivors(stages, [_without(larger, layer) for layer in larger], kept)[0]
@@ -233,8 +223,7 @@ def random_draws(depth: int, k: int, count: int, seed: int) -> list[KeptLayers]:
     """``count`` uniform random sets of k layers: the control that every strategy is compared with."""
     _check_k(k, depth)
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randperm(depth, generator=generator)[:k].tolist() for _ in range(count)]
-    return [tuple(sorted(draw)) for draw in draws]
+    return [tuple(sorted(torch.randperm(depth, generator=generator)[:k].tolist())) for _ in range(count)]
 
 
 def _best(evaluator: Evaluator, subsets: Sequence[KeptLayers], count: int) -> list[KeptLayers]:
@@ -258,7 +247,7 @@ def _without(kept: KeptLayers, layer: int) -> KeptLayers:
 
 def _mutated(kept: KeptLayers, depth: int, generator: Random) -> KeptLayers:
     """``kept`` with one to three layers swapped for others."""
-    dropped = [layer for layer in range(depth) if layer not in kept]
+    dropped = sorted({*range(depth)} - {*kept})
     swaps = min(generator.randint(1, 3), generator.randint(1, 3), len(dropped), len(kept))
     out = set(generator.sample(kept, swaps))
     return tuple(sorted({*kept} - out | set(generator.sample(dropped, swaps))))
@@ -269,11 +258,12 @@ def _ranked(scores: list[float], layers: Sequence[int]) -> list[int]:
     return sorted(layers, key=lambda layer: (-scores[layer], layer))
 
 
-def _checked(scores: Sequence[float]) -> list[float]:
+def _checked(scores: Sequence[float], k: int) -> list[float]:
     values = [float(score) for score in scores]
     for layer, value in enumerate(values):
         if math.isnan(value):
             raise InputError(f"the score of layer {layer} is NaN: check the weights and the calibration text")
+    _check_k(k, len(values))
     return values
 
 
@@ -294,16 +284,13 @@ STRATEGIES = {
     "drop_block": Strategy(drop_block, "angular block", "published", "angular", GROMOV),
     "evenly_spaced": Strategy(evenly_spaced, "evenly spaced", "rule", "depth", "control without a score"),
     "first_and_last": Strategy(first_and_last, "first and last", "rule", "depth", "control without a score"),
-    "sleb": Strategy(
-        lambda search, k: sleb(search.looks[1], k),
-        "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"),
+    "sleb": Strategy(lambda search, k: sleb(search.looks[1], k),
+                     "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"),
     "evopress": Strategy(
         lambda search, k: evopress([(search.looks[0], 2), (search.looks[1], 1)], k, **search.evolution),
         "EvoPress", "search", "search", "Sieberling et al. 2024, arXiv:2410.14649"),
-    "staged": Strategy(
-        lambda search, k: beam_search(search.stages, k),
-        "staged removal", "search", "search", "ours: greedy removal that spends most text on the best"),
-    "swap": Strategy(
-        lambda search, k: swap_refinement(search.stages, search.best),
-        "swaps", "search", "search", "ours: improves the best of the searches before it")
+    "staged": Strategy(lambda search, k: beam_search(search.stages, k),
+                       "staged removal", "search", "search", "ours: greedy removal that spends most text on the best"),
+    "swap": Strategy(lambda search, k: swap_refinement(search.stages, search.best),
+                     "swaps", "search", "search", "ours: improves the best of the searches before it")
 }  # fmt: skip
