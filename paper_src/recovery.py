@@ -51,13 +51,9 @@ class Mapped(StandIn):
 
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
         output = self.layer(hidden, *args, **kwargs)
-        state = output[0] if isinstance(output, tuple) else output
+        state, *rest = output if isinstance(output, tuple) else (output,)
         state = state + state @ self.matrix
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-
-def _into_writer_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
-    return layer, add_to_weight_(mlp_writer(layer), solution)
+        return (state, *rest) if isinstance(output, tuple) else state
 
 
 def _through_writer_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
@@ -73,7 +69,8 @@ def _behind_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
 
 _BEHIND = {"module": lambda layer: layer, "features": lambda layer, into, out: out, "build_": _behind_}
 FORMS = {
-    "down_proj": Form("last MLP matrix, W + D'", "this paper", mlp_writer, lambda _, into, out: into, _into_writer_),
+    "down_proj": Form("last MLP matrix, W + D'", "this paper", mlp_writer, lambda _, into, out: into,
+                      lambda layer, solution: (layer, add_to_weight_(mlp_writer(layer), solution))),
     "mlp_map": Form(
         "map of the MLP's output, (I + D)' W", "ReplaceMe, arXiv:2505.02819, with weights and the compact states here",
         mlp_writer, lambda writer, into, out: out if writer.bias is None else out - writer.bias, _through_writer_,
@@ -86,10 +83,7 @@ FORMS = {
 
 @dataclass
 class NormalEquations:
-    """Weighted second moments of features x (F,) and what they must add, y (d,): all that least squares needs.
-
-    Sums are in float64 and take the same memory for any number of tokens.
-    """
+    """Weighted second moments, in float64, of features x (F,) and what they must add, y (d,)."""
 
     xx: Tensor  # (F, F)
     xy: Tensor  # (F, d)
@@ -136,17 +130,13 @@ class NormalEquations:
 
 @dataclass
 class Recovered:
-    """A repaired compact model.
-
-    Attributes:
-        refits: rows ``layer``, ``ridge``, ``error_before`` (D = 0), ``error_after``: held-out E |y - x D|^2 / |t|^2.
-        added: number of parameters that a standard checkpoint does not have.
-    """
+    """A repaired compact model."""
 
     model: PreTrainedModel
-    tokens: int
+    tokens: int  # it was fitted on
+    # rows layer, ridge, error_before (D = 0) and error_after: held-out E |y - x D|^2 / |t|^2
     refits: list[dict[str, float]] = field(default_factory=list)
-    added: int = 0
+    added: int = 0  # parameters that a standard checkpoint does not have
 
 
 @torch.no_grad()
@@ -160,9 +150,8 @@ def closed_form(
 
     Args:
         form: one of ``FORMS``.
-        reach: ``gaps`` refits the layers before a gap, ``all`` also the kept layers behind the first gap, whose
-            input is no longer the full model's. That brings states nearer and, as measured, perplexity up: least
-            squares takes away what it cannot predict.
+        reach: ``gaps`` refits the layers before a gap, ``all`` also the kept layers behind the first gap. That brings
+            states nearer and, as measured, perplexity up: least squares takes away what it cannot predict.
         processes: who shares the batches of ``blocks``; all get the same model.
 
     Raises:
@@ -193,18 +182,17 @@ def closed_form(
 
 def _solved(fitted: NormalEquations, held_out: NormalEquations, diagonal: bool) -> tuple[Tensor, dict[str, float]]:
     """The solution on all tokens at the best of ``RIDGES``, and its row of ``Recovered.refits``."""
-    errors = {ridge: held_out.error(fitted.solve(ridge, diagonal)) for ridge in RIDGES}
-    ridge, none = min(errors, key=errors.get), torch.zeros_like(held_out.xy)
-    before = held_out.error(none)
-    if errors[ridge] >= before:  # nothing that holds on other text
-        return none, {"ridge": float("inf"), "error_before": before, "error_after": before}
-    row = {"ridge": ridge, "error_before": before, "error_after": errors[ridge]}
-    return (fitted + held_out).solve(ridge, diagonal), row
+    none = torch.zeros_like(held_out.xy)  # what an endless ridge gives: nothing else may hold on other text
+    errors = {float("inf"): held_out.error(none)}
+    errors |= {ridge: held_out.error(fitted.solve(ridge, diagonal)) for ridge in RIDGES}
+    ridge = min(errors, key=errors.get)
+    row = {"ridge": ridge, "error_before": errors[float("inf")], "error_after": errors[ridge]}
+    return none if ridge == float("inf") else (fitted + held_out).solve(ridge, diagonal), row
 
 
 @contextmanager
 def _watched(layer: nn.Module, form: Form | None) -> Iterator[list[Tensor]]:
-    """Gets the features of each call of ``layer``; none without a form."""
+    """A list that gets the features of each call of ``layer``; none without a form."""
     seen: list[Tensor] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> None:
@@ -231,10 +219,10 @@ class _Walk:
             for name in ("full", "small"):
                 self._put(name, part, self.teacher.embedded(self.blocks[part]))
 
-    def advance(self, position: int, stop: int, layer: nn.Module, form: Form | None) -> list[NormalEquations] | None:
-        """Move the compact model over its layer ``position``, the full one to before layer ``stop``.
+    def advance(self, position: int, stop: int, layer: nn.Module, form: Form | None) -> list[NormalEquations]:
+        """With a form, the normal equations of the batches to fit on and of those held out, else none.
 
-        With a form: the normal equations of the batches to fit on, and of those held out.
+        Moves the compact model over its layer ``position``, and the full one to before its layer ``stop``.
         """
         sums: list[NormalEquations] = []
         for number, part in zip(self.numbers, self.parts, strict=True):
@@ -274,17 +262,15 @@ class _Walk:
         given = self.student.run(ids, before, position, position + 1).float()
         expected = self._get("small", self.parts[0]).float()
         if not (given - expected).norm() <= 0.05 * expected.norm():
-            raise NotSupported(
-                f"layer {position} does not add its MLP's output to its state as it is (a norm behind it, experts): "
-                "distil without the closed form, or use form='linear'"
-            )
+            raise NotSupported(f"layer {position} does not add its MLP's output to its state as it is (a norm behind "
+                               "it, experts): distil without the closed form, or use form='linear'")  # fmt: skip
 
     def _get(self, name: str, part: slice) -> Tensor:
         return self.states[name][part].to(self.blocks.device)
 
     def _put(self, name: str, part: slice, states: Tensor) -> None:
         if name not in self.states:
-            shape = (len(self.blocks), *states.shape[1:])
-            file = {"filename": str(self.folder / name), "shared": True, "size": torch.Size(shape).numel()}
-            self.states[name] = torch.from_file(**file, dtype=states.dtype).view(shape)
+            shape = torch.Size((len(self.blocks), *states.shape[1:]))
+            held = torch.from_file(str(self.folder / name), shared=True, size=shape.numel(), dtype=states.dtype)
+            self.states[name] = held.view(shape)
         self.states[name][part] = states.cpu()
