@@ -35,10 +35,8 @@ PIECES = {"train": range(6), "valid": range(6, 8), "test": range(8, 10)}  # of e
 def load_text(name: str, split: str) -> tuple[str, str]:
     """The text of one split, ``train`` (calibration), ``valid`` or ``test``, and the SHA-256 of its file.
 
-    Args:
-        name: ``wikitext-2`` (raw form), a key of ``DOMAINS`` (one file each, cut into pieces for the splits); or a
-            folder that holds ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
-        split: one of the three.
+    ``name`` is ``wikitext-2`` (raw form), a key of ``DOMAINS`` (one file each, cut into pieces for the splits), or a
+    folder that holds ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
     """
     if split not in WIKITEXT2:
         raise InputError(f"split {split!r}: use one of {sorted(WIKITEXT2)}")
@@ -51,9 +49,8 @@ def load_text(name: str, split: str) -> tuple[str, str]:
         return _pieces(path.read_text(encoding="utf-8"), PIECES[split]), sha256(path)
     path = Path(name).expanduser() / f"{split}.txt"
     if not path.is_file():
-        raise InputError(
-            f"no text {path}: give wikitext-2, {', '.join(DOMAINS)}, or a folder with train.txt, valid.txt, test.txt"
-        )
+        names = f"wikitext-2, {', '.join(DOMAINS)}"
+        raise InputError(f"no text {path}: give {names}, or a folder with train.txt, valid.txt, test.txt")
     try:
         return path.read_text(encoding="utf-8"), sha256(path)
     except UnicodeDecodeError as error:
@@ -77,17 +74,13 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, leng
     """
     if min(count, length) < 1:
         raise InputError(f"{count} blocks of {length} tokens: ask for at least 1 of each")
-    generator = torch.Generator().manual_seed(seed)
-    stretch = len(text) // count
-    draws = torch.rand(count, generator=generator).tolist()
-    first = beginning(tokenizer)
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    stretch, first = len(text) // count, beginning(tokenizer)
     parts = [text[index * stretch : (index + 1) * stretch] for index in range(count)]
     blocks = [_window(tokenizer, part, length - len(first), draw) for part, draw in zip(parts, draws, strict=True)]
     if short := sum(block is None for block in blocks):
-        raise InputError(
-            f"{short} of {count} stretches of the text ({stretch} characters each) are shorter than "
-            f"{length} tokens: ask for fewer or shorter blocks, or give more text"
-        )
+        raise InputError(f"{short} of {count} stretches of the text ({stretch} characters each) are shorter than "
+                         f"{length} tokens: ask for fewer or shorter blocks, or give more text")  # fmt: skip
     return torch.tensor([first + block for block in blocks])
 
 
