@@ -49,7 +49,6 @@ def reference(
 
     Args:
         mean: from :func:`mean_state` on calibration text; only ``cosine_centred`` and the trivial predictor need it.
-        metrics: what is to be compared.
         scored: only the last ``scored`` tokens of each block; those before them are context.
     """
     if min(blocks.shape[1], scored or 2) < 2:
@@ -81,28 +80,24 @@ def compare(
 
     With h, h' the last hidden states after the final norm and p, p' the next-token distributions:
 
-    - ``cosine`` = mean over tokens of cos(h, h'); ``cosine_centred`` the same with ``mean_state``
-      subtracted from both (hidden states share a large mean, which any model reproduces);
+    - ``cosine`` = mean over tokens of cos(h, h'); ``cosine_centred`` the same with ``mean_state`` subtracted from
+      both (hidden states share a large mean, which any model reproduces);
     - ``mse`` = mean over tokens and units of (h - h')^2;
     - ``kl_nats`` = mean over tokens of KL(p || p'), nats;
     - ``top1_agreement`` = share of tokens where both models put the same token first, in [0, 1];
     - ``nll_nats`` = mean of -log p'(next token), nats/token over T - 1 tokens: its exponential is the perplexity;
     - ``nll_capped_nats``, only if asked for: a token counts at most log V, the cost of a uniform guess.
     """
-    blocks = torch.cat([full.context, full.blocks], dim=1)
-    tail = slice(full.context.shape[1], None)
-    hidden = [last_hidden(model, batch)[:, tail] for batch in blocks.split(batch_size)]
-    return compare_states(model, full, torch.cat(hidden), metrics)
+    blocks, start = torch.cat([full.context, full.blocks], dim=1), full.context.shape[1]
+    hidden = torch.cat([last_hidden(model, batch)[:, start:] for batch in blocks.split(batch_size)])
+    return compare_states(model, full, hidden, metrics)
 
 
 @torch.no_grad()
 def compare_states(
     model: PreTrainedModel, full: Reference, hidden: Tensor, metrics: Collection[str] = METRICS
 ) -> dict[str, np.ndarray]:
-    """:func:`compare` for last hidden states (C N, T, d) of C models, block after block: metric -> (C N,).
-
-    ``model`` is the full one; a compact one shares its head.
-    """
+    """:func:`compare` for last hidden states (C N, T, d) of C models, block after block, with ``model``'s head."""
     rows = [_compare_states(full, index, state, metrics) for index, state in enumerate(hidden)]
     if not set(metrics).isdisjoint(OF_LOGITS):
         for start in range(0, len(hidden), step := max(1, HEAD_ROWS // hidden.shape[1])):
@@ -145,9 +140,8 @@ def _compare_logits(full: Reference, index: int, logits: Tensor, metrics: Collec
             kl.append((full.negative_entropy[index, part] - cross).clamp(min=0))  # rounding
         if "top1_agreement" in metrics:
             agree.append(log_q.argmax(-1) == full.top1[index, part])
-        next_tokens = labels[part]
-        known = len(next_tokens)  # the last token of a block has no next one
-        nll.append(-log_q[:known].gather(1, next_tokens[:, None])[:, 0])
+        next_tokens = labels[part, None]  # the last token of a block has no next one
+        nll.append(-log_q[: len(next_tokens)].gather(1, next_tokens)[:, 0])
     capped = [part.clamp(max=math.log(logits.shape[-1])) for part in nll]
     row = {"kl_nats": kl, "top1_agreement": agree, "nll_nats": nll, CAPPED: capped}
     return {name: _mean(torch.cat(parts)) for name, parts in row.items() if parts}
@@ -169,11 +163,8 @@ def summarize(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, float]:
 def ppl_ratio(nll: np.ndarray, full: np.ndarray | float, seed: int = 0) -> dict[str, float]:
     """Perplexity over the full model's, ``ppl_ratio``, with the 95% interval of the paired differences.
 
-    Both models see the same blocks, so that what is hard in a block cancels.
-
-    Args:
-        nll: (N,) nats/token of each block.
-        full: (N,) the full model's, or its mean where ``nll`` are means of several models.
+    ``nll`` are (N,) nats/token of each block and ``full`` the full model's of the same, so that what is hard in a
+    block cancels; or its mean, where ``nll`` are means of several models.
     """
     gap = np.asarray(nll) - np.asarray(full)
     low, high = interval(gap, seed=seed)

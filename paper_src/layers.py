@@ -24,8 +24,7 @@ class LayerRunner:
 
     def __init__(self, model: PreTrainedModel):
         path, layers = locate_layers(model)
-        self.depth = len(layers)
-        self._switches = [_Switch(layer) for layer in layers]
+        self.depth, self._switches = len(layers), [_Switch(layer) for layer in layers]
         self._model = with_module(model, path, nn.ModuleList(self._switches))
         # each switch sees what its layer returns
         self.drive(torch.zeros(1, 2, dtype=torch.long), lambda index, layer, hidden: layer(hidden))
@@ -47,10 +46,7 @@ class LayerRunner:
         return seen[0]
 
     def run(self, blocks: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """(N, T, d) states after the layers [start, stop) of states ``hidden`` before them, not normalized.
-
-        ``blocks`` (N, T) are the token ids, for masks and positions.
-        """
+        """(N, T, d) states after the layers [start, stop) of ``hidden``, those of ``blocks`` (N, T) before them."""
         states = hidden
 
         def job(index: int, layer: Layer, passing: Tensor) -> Tensor:
@@ -66,11 +62,9 @@ class LayerRunner:
 class SubsetRunner:
     """Last hidden states of a model with any subsets of its L = ``depth`` layers, on a fixed batch of text (N, T).
 
-    Subsets that begin with the same kept layers share the work up to there, and states that go through
-    the same layer go through it together. The states are those of the compacted models.
-
-    Args:
-        memory_bytes: bound on the states held at a time; one takes N T d numbers.
+    Subsets that begin with the same kept layers share the work up to there, and states that go through the same layer
+    go through it together. The states are those of the compacted models. ``memory_bytes`` bounds what is held at a
+    time, where one subset's states take N T d numbers.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Tensor, memory_bytes: int = 2**28):
