@@ -20,9 +20,9 @@ INDEX_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
 def compact(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A model of ``model``'s class with only the layers ``kept``: increasing indices, each in [0, L).
 
-    The modules are new, the weights are the caller's own tensors: no memory is spent, and what trains
-    one model trains the other (``copy.deepcopy`` the result to part them). Layer numbers for the KV
-    cache and every per-layer entry of the configuration are rewritten.
+    The modules are new, the weights are the caller's own tensors: what trains one model trains the other
+    (``copy.deepcopy`` the result to part them). Layer numbers, for the KV cache, and every per-layer entry of the
+    configuration are rewritten.
 
     Raises:
         InputError: an index out of range or order, or a family whose layers cannot be renumbered.
@@ -66,8 +66,7 @@ def save(
 
     Args:
         folder: neither the source model's folder, nor one that holds it or lies in it.
-        source: name or path of the full model. This and what follows is for the card.
-        depth: number of layers L of the full model.
+        source: name or path of the full model, of ``depth`` layers. This and what follows is for the card.
         note: how the layers were chosen.
         trained: whether the kept layers were changed afterwards.
 
@@ -89,9 +88,8 @@ def _checked(kept: Sequence[int], depth: int) -> list[int]:
     kept = [int(index) for index in kept]
     if not kept:
         raise InputError("kept layers are empty: keep at least 1")
-    for index in kept:
-        if not 0 <= index < depth:
-            raise InputError(f"kept layer {index}: the model's layers are 0 to {depth - 1}")
+    if strangers := [index for index in kept if not 0 <= index < depth]:
+        raise InputError(f"kept layer {strangers[0]}: the model's layers are 0 to {depth - 1}")
     if any(a >= b for a, b in pairwise(kept)):
         raise InputError(f"kept layers {kept}: give each once, in increasing order")
     return kept
@@ -106,11 +104,9 @@ def _require_standard(small: PreTrainedModel) -> None:
         rebuilt = type(small)(copy.deepcopy(small.config))
     here, there = dict(_traits(small)), dict(_traits(rebuilt))
     for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise InputError(
-                f"{type(small).__name__} sets {name} by a layer's position ({there.get(name)}, was "
-                f"{here.get(name)}): these layers cannot be made a standard checkpoint, keep others"
-            )
+        if (was := here.get(name)) != (now := there.get(name)):
+            raise InputError(f"{type(small).__name__} sets {name} by a layer's position ({now}, was {was}): "
+                             "these layers cannot be made a standard checkpoint, keep others")  # fmt: skip
 
 
 def _traits(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
@@ -126,8 +122,6 @@ def _traits(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
 
 
 def _card(model: PreTrainedModel, source: str, kept: Sequence[int], depth: int, note: str, trained: bool) -> str:
-    removed = sorted(set(range(depth)) - set(kept))
-    dtype = str(model.dtype).removeprefix("torch.")
     state = "repaired against the full model" if trained else "unchanged and nothing was trained"
     return f"""---
 library_name: transformers
@@ -138,9 +132,9 @@ tags: [layer-removal]
 Whole layers were cut out of {source}; the others are {state}.
 
 - kept layers (0-based): {list(kept)}
-- removed layers: {removed}
+- removed layers: {sorted(set(range(depth)) - set(kept))}
 - chosen by: {note or "not stated"}
-- parameters: {count_parameters(model):,} ({dtype})
+- parameters: {count_parameters(model):,} ({str(model.dtype).removeprefix("torch.")})
 
 A model cut like this has lost abilities: measure it on your own task before you use it.
 """
