@@ -7,15 +7,11 @@ import numpy as np
 from scipy import stats
 
 BOUNDS = (0.025, 0.975)  # of a 95% interval
+Interval = tuple[float, float]  # low, high
 
 
-def interval(
-    values: Sequence[float], statistic: Callable = np.mean, seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
-    """95% percentile bootstrap interval of ``statistic``, a function of an array and an axis.
-
-    A single value is its own interval.
-    """
+def interval(values: Sequence[float], statistic: Callable = np.mean, seed: int = 0, draws: int = 2000) -> Interval:
+    """95% percentile bootstrap interval of ``statistic`` (array, axis); a single value is its own interval."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values[0]), float(values[0])
@@ -23,9 +19,7 @@ def interval(
     return float(low), float(high)
 
 
-def paired_ratio_interval(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
+def paired_ratio_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 2000) -> Interval:
     """95% percentile bootstrap interval of mean(a) / mean(b), whose entries belong to the same users or blocks.
 
     Draws in which mean(b) and mean(a) are both 0 are left out.
@@ -41,17 +35,10 @@ def paired_ratio_interval(
 
 def _redrawn(samples: tuple[np.ndarray, ...], statistic: Callable, seed: int, draws: int) -> np.ndarray:
     """(draws,) values of ``statistic`` on bootstrap samples; several samples are drawn together."""
+    how = {"n_resamples": draws, "paired": len(samples) > 1, "method": "percentile"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of equal values and of 0 / 0, which the callers expect
-        found = stats.bootstrap(
-            samples,
-            statistic,
-            n_resamples=draws,
-            paired=len(samples) > 1,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-    return found.bootstrap_distribution
+        return stats.bootstrap(samples, statistic, **how, rng=np.random.default_rng(seed)).bootstrap_distribution
 
 
 def control_p_value(value: float, controls: Sequence[float], higher_is_better: bool) -> float:
