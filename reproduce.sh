@@ -163,6 +163,12 @@ clean() {
   rmdir results 2>/dev/null || true
 }
 
+# All tests run in two processes of one thread each: the notebooks in one, for they follow on one another.
+tests() {
+  [ $# -gt 0 ] || set -- -n 2 --dist loadfile
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest "$@"
+}
+
 main() {
   local command=run
   case "${1:-}" in
@@ -174,7 +180,7 @@ main() {
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
   case "$command" in
     run) for word in "$@"; do [ "$word" != --help ] || { usage; return; }; done; run "$@" ;;
-    test) [ "${1:-}" != -- ] || shift; environment; "$python" -m pytest "$@" ;;
+    test) [ "${1:-}" != -- ] || shift; environment; tests "$@" ;;
     check) check "$@" ;;
     lab) environment; exec "$python" -m jupyterlab --notebook-dir=notebooks "$@" ;;
     clean) clean "$@" ;;
