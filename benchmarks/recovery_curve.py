@@ -20,9 +20,10 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from paper_src import InputError, data, distillation, fidelity, models, recovery, stats
+from paper_src import data, distillation, fidelity, models, recovery, stats
 from paper_src.compaction import compact
 from paper_src.reporting.findings import Findings, ends
+from paper_src.sections.judge import as_many
 from paper_src.selection import kept_tuple
 
 PROMPT = 8  # tokens that are given to the model, which writes the rest of a block
@@ -31,14 +32,7 @@ STARTS = ("selected", "distributed", "first_layers", "random_weights")
 
 def windows(tokenizer, kind, split, most, length, seed):
     """(n, length) as many windows as the text holds, at most ``most``."""
-    text, _ = data.load_text(kind, split)
-    while True:
-        try:
-            return data.token_blocks(tokenizer, text, most, length, seed)
-        except InputError:
-            if most == 1:
-                raise
-            most = most * 9 // 10
+    return as_many(tokenizer, data.load_text(kind, split)[0], most, length, seed)
 
 
 @torch.no_grad()

@@ -87,10 +87,6 @@ class Section:
             raise InputError(f"{path} is missing: run ./reproduce.sh --only {self._maker(name)}")
         return pd.read_csv(path)
 
-    def has(self, name: str) -> bool:
-        """Whether table ``name`` of this profile was made."""
-        return (self.root / "tables" / f"{name}.csv").is_file()
-
     def figure(self, figure: Figure, name: str) -> Figure:
         """Write ``figure`` as ``figures/<name>`` .svg, .pdf and .png, byte for byte the same each time."""
         self._check(name, "f")

@@ -36,7 +36,7 @@ def mixed_blocks(
     first, *others = dict.fromkeys(texts)
     owners = [texts[index % len(texts)] for index in range(count)]
     wanted = Counter(owners)
-    parts = {text: _as_many(tokenizer, text, wanted[text], length, seed) for text in others if wanted[text]}
+    parts = {text: as_many(tokenizer, text, wanted[text], length, seed) for text in others if wanted[text]}
     rest = count - sum(map(len, parts.values()))
     parts = {text: iter(blocks) for text, blocks in parts.items()}
     parts[first] = iter(data.token_blocks(tokenizer, first, rest, length, seed))
@@ -44,7 +44,7 @@ def mixed_blocks(
     return torch.stack([next(parts[first]) if block is None else block for block in found])
 
 
-def _as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
+def as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
     """:func:`data.token_blocks`, or fewer where the text does not hold so many."""
     while True:
         try:
