@@ -12,7 +12,7 @@ import pandas as pd
 from paper_src import InputError
 
 Read = Callable[[str], pd.DataFrame]
-COLUMNS = ("name", "value", "lo", "hi", "unit", "n", "source", "text")
+COLUMNS = ("name", "value", "lo", "hi", "unit", "n", "test", "p", "source", "text")
 SECTIONS = range(1, 9)
 LARGER = ("long/", "gpu/")  # folders of tables of runs with larger budgets
 NAN = math.nan
@@ -25,7 +25,7 @@ class Findings:
         self._rows: list[dict[str, object]] = []
 
     def add(self, source: str, name: str, value: float = NAN, lo: float = NAN, hi: float = NAN, *, unit: str = "",
-            n: float | None = None, text: str = "") -> None:  # fmt: skip
+            n: float | None = None, test: str = "", p: float = NAN, text: str = "") -> None:  # fmt: skip
         """Add one finding.
 
         Args:
@@ -36,9 +36,11 @@ class Findings:
             hi: upper end.
             unit: for example ``nats/token``.
             n: how many blocks, users, rounds or things the number rests on.
+            test: what gives interval and p, for example ``BCa bootstrap over windows``; words of a claim's verdict.
+            p: p-value of that test, corrected for its family.
             text: words where the finding is a name or a list.
         """
-        values = (name, float(value), float(lo), float(hi), unit, n, source, text)
+        values = (name, float(value), float(lo), float(hi), unit, n, test, float(p), source, text)
         self._rows.append(dict(zip(COLUMNS, values, strict=True)))
 
     def frame(self) -> pd.DataFrame:
@@ -75,12 +77,14 @@ class Finding:
     n: float
     source: str
     text: str
+    test: str = ""
+    p: float = NAN
 
     @property
     def share(self) -> "Finding":
         """A count as a share of its ``n``; its text is the count."""
         value = self.value / self.n if self.n else NAN
-        return Finding(self.name, value, NAN, NAN, "share", self.n, self.source, f"{self:of}")
+        return Finding(self.name, value, NAN, NAN, "share", self.n, self.source, f"{self:of}", self.test, self.p)
 
     def __str__(self) -> str:
         return format(self, "")
@@ -113,6 +117,7 @@ def load(read: Read, folder: str = "") -> dict[str, Finding]:
             frame = read(f"{folder}t{section}_findings")
         except (InputError, FileNotFoundError):  # a section that was not run
             continue
-        frame = frame.assign(text=frame["text"].fillna(""), unit=frame["unit"].fillna(""))
-        found |= {row["name"]: Finding(**row) for row in frame[list(COLUMNS)].to_dict("records")}
+        frame = frame.reindex(columns=COLUMNS)  # of an earlier commit: without test and p
+        frame = frame.fillna({"text": "", "unit": "", "test": ""})
+        found |= {row["name"]: Finding(**row) for row in frame.to_dict("records")}
     return found

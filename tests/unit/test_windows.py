@@ -1,0 +1,56 @@
+"""The losses of windows: written, read back, tested against each other, and refused where they are of something else."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from paper_src import InputError, stats
+from paper_src.sections import windows
+
+BLOCKS = torch.arange(12).reshape(3, 4)
+MODEL = "ab" * 32
+
+
+@pytest.fixture
+def table():
+    rows = {"full": [1.0, 2.0, 3.0], "0 1": [2.0, 4.0, 6.0]}
+    parts = [
+        windows.window_rows(row, "wikitext-2", BLOCKS, MODEL, {"nll_nats": np.array(nll)}) for row, nll in rows.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_two_rows_are_tested_against_each_other(table, tmp_path):
+    table.to_csv(tmp_path / "t4_windows.csv", index=False)
+    read = pd.read_csv(tmp_path / "t4_windows.csv")
+    found = stats.paired(windows.losses(read, "0 1"), windows.losses(read, "full"))
+    assert (found.difference, found.n) == (2.0, 3)
+
+
+def test_rows_on_different_windows_are_no_pair(table):
+    other = windows.window_rows("0 2", "wikitext-2", BLOCKS + 1, MODEL, {"nll_nats": np.ones(3)})
+    both = pd.concat([table, other])
+    with pytest.raises(InputError, match="the same windows"):
+        stats.paired(windows.losses(both, "0 2"), windows.losses(both, "full"))
+
+
+def test_windows_of_another_text_or_model_are_refused(table):
+    assert windows.require_same(table, "wikitext-2", BLOCKS, MODEL) is table
+    with pytest.raises(InputError, match="another window"):
+        windows.require_same(table, "wikitext-2", BLOCKS.flip(0), MODEL)
+    with pytest.raises(InputError, match="another model"):
+        windows.require_same(table, "wikitext-2", BLOCKS, "cd" * 32)
+    with pytest.raises(InputError, match="no windows"):
+        windows.require_same(table, "code", BLOCKS, MODEL)
+
+
+def test_a_missing_row_or_window_is_an_error(table):
+    with pytest.raises(InputError, match="no windows of 'nobody'"):
+        windows.losses(table, "nobody")
+    with pytest.raises(InputError, match="not 0 to 1"):
+        windows.losses(table[table["window"] != 1], "full")
+
+
+def test_the_digest_is_of_the_shape_as_well():
+    assert windows.digest(BLOCKS) != windows.digest(BLOCKS.reshape(4, 3))
