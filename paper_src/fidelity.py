@@ -3,9 +3,12 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -13,6 +16,7 @@ from transformers import PreTrainedModel
 from paper_src import InputError
 from paper_src.models import last_hidden, logits_of
 from paper_src.stats import interval
+from paper_src.support.files import replacing
 
 METRICS = ("cosine", "cosine_centred", "mse", "kl_nats", "top1_agreement", "nll_nats")
 CAPPED = "nll_capped_nats"
@@ -38,6 +42,23 @@ def mean_state(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> T
     """(d,) float32 mean last hidden state over all tokens of ``blocks``: the trivial predictor."""
     total = sum(last_hidden(model, batch).double().sum(dim=(0, 1)) for batch in blocks.split(batch_size))
     return (total / blocks.numel()).float()
+
+
+def save_mean(path: Path, mean: Tensor, model_digest: str) -> None:
+    """Write a mean state with the digest of the model that it belongs to."""
+    with replacing(path) as part:
+        save_file({"mean": mean.cpu().contiguous()}, part, metadata={"model_sha256": model_digest})
+
+
+def load_mean(path: Path, model_digest: str) -> Tensor:
+    """(d,) the mean state that :func:`save_mean` wrote; InputError if there is none, or it is of another model."""
+    command = "run ./reproduce.sh --only 01_importance"
+    if not path.is_file():
+        raise InputError(f"no mean state {path}: {command}")
+    with safe_open(path, framework="pt") as file:
+        if (found := file.metadata()["model_sha256"]) != model_digest:
+            raise InputError(f"{path} is of another model ({found[:12]}, not {model_digest[:12]}): {command}")
+        return file.get_tensor("mean")
 
 
 @torch.no_grad()

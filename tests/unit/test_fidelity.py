@@ -13,8 +13,10 @@ from paper_src.fidelity import (
     Reference,
     compare,
     compare_constant,
+    load_mean,
     mean_state,
     reference,
+    save_mean,
     summarize,
 )
 from paper_src.models import logits_of
@@ -181,3 +183,24 @@ def test_scored_tokens_are_read_in_their_context(llama, make_blocks):
     values = compare(llama, full)
     np.testing.assert_allclose(values["cosine"], 1, atol=1e-6)
     np.testing.assert_allclose(values["kl_nats"], 0, atol=1e-6)
+
+
+# The mean state as a file
+
+
+def test_mean_state_is_read_back_as_it_was_written(tmp_path):
+    mean = torch.tensor([1.5, -2.0, 1e-8])
+    save_mean(tmp_path / "mean.safetensors", mean, "ab" * 32)
+    assert torch.equal(load_mean(tmp_path / "mean.safetensors", "ab" * 32), mean)
+    assert [file.name for file in tmp_path.iterdir()] == ["mean.safetensors"]
+
+
+def test_mean_state_of_another_model_is_refused(tmp_path, refused):
+    save_mean(tmp_path / "mean.safetensors", torch.zeros(3), "ab" * 32)
+    with refused(r"of another model \(abababababab, not cdcdcdcdcdcd\): run ./reproduce.sh --only 01_importance"):
+        load_mean(tmp_path / "mean.safetensors", "cd" * 32)
+
+
+def test_missing_mean_state_names_the_command_that_makes_it(tmp_path, refused):
+    with refused("no mean state .*: run ./reproduce.sh --only 01_importance"):
+        load_mean(tmp_path / "mean.safetensors", "ab" * 32)
