@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import NotSupported, distillation, timing
 from paper_src.baselines import sparsity, zero_shot
-from paper_src.baselines.methods import METHODS, Repaired, Setting
+from paper_src.baselines.methods import METHODS
+from paper_src.baselines.setting import Repaired, Setting
 from paper_src.baselines.size import bytes_of, count_of, require_alive
 from paper_src.models import count_parameters
 from paper_src.reporting.findings import Findings, Read, ends
@@ -104,13 +105,13 @@ def described(on: Setting, name: str, k: int, recovered: bool) -> dict[str, obje
         "method": method.title, "name": name, "family": method.family, "k": k, "recovered": recovered,
         "trained": repair == "distilled", "bits": method.bits or on.bits, "repair": repair,
         "repaired_by": "none" if repair == "none" else "section 5" if earlier else "section 7",
-        "start": start if repair == "distilled" else "none", "tokens": on.tokens(name, k),
+        "start": start if repair == "distilled" else "none", "tokens": on.tokens(METHODS[name].needs, k),
     }  # fmt: skip
 
 
 def trained(on: Setting, name: str, k: int, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, object]]:
     """``model`` after the short distillation that every method gets, and what that adds to its row."""
-    training, row = METHODS[name].training, {"tokens": on.tokens(name, k), "recovery_s": 0.0}
+    training, row = METHODS[name].training, {"tokens": on.tokens(METHODS[name].needs, k), "recovery_s": 0.0}
     if training == "refit":
         refitted = refit(on.full, on.kept[k], on.blocks)
         model = refitted.model

@@ -8,7 +8,8 @@ from matplotlib import pyplot as plt
 
 from paper_src import NotSupported, distillation, timing
 from paper_src.baselines import methods, moments, quantization, size
-from paper_src.baselines.methods import METHODS, Method, Repaired, Setting
+from paper_src.baselines.methods import METHODS, Method
+from paper_src.baselines.setting import Repaired, Setting
 from paper_src.compaction import compact
 from paper_src.models import count_parameters, decoder_layers
 from paper_src.sections import baselines as rows
@@ -45,7 +46,7 @@ def compared(setting, measurement, jobs):
     finished = rows.Rows(setting, measurement)
     for name, k, recover in finished.missing(jobs):
         with finished.row(name, k, recover) as row:
-            small, row["calibration_s"] = setting.make(name, k)
+            small, row["calibration_s"] = METHODS[name].make(setting, k)
             if recover:
                 small, cost = rows.trained(setting, name, k, small)
                 row.update(cost)
@@ -69,7 +70,7 @@ def test_bytes_are_those_of_the_weights(setting):
 @pytest.mark.parametrize("name", ["int8_weight", "int8_torch_ao"])
 def test_int8_weights_take_a_byte_each(setting, name):
     full = setting.full
-    small, _ = setting.make(name, 0)
+    small, _ = METHODS[name].make(setting, 0)
     inside = sum(linear.weight.numel() for _, linear in moments.linears(full))
     outputs = sum(len(linear.weight) for _, linear in moments.linears(full))
     saved = size.bytes_of(full)["memory_bytes"] - size.bytes_of(small)["memory_bytes"]
@@ -103,7 +104,7 @@ def test_a_lost_layer_is_found(setting, refused):
 def test_no_method_of_a_size_gets_more_than_the_cut_model(setting, name):
     setting.repaired[2].folder.mkdir(exist_ok=True)
     compact(setting.full, (0, 3)).save_pretrained(setting.repaired[2].folder)
-    small, _ = setting.make(name, 2)
+    small, _ = METHODS[name].make(setting, 2)
     assert size.count_of(small) <= count_parameters(compact(setting.full, (0, 3)))
 
 
