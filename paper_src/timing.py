@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.models import last_hidden
-from paper_src.stats import interval
+from paper_src.stats import median_interval
+from paper_src.support.machine import Others
 
 TASKS = ("prefill_hidden", "prefill_logits", "decode")
+SPREAD, OTHERS = 0.1, 0.25  # of the ratios and cores of other processes: more of either is no quiet machine
+LOOKS = 3  # so many times the rounds are taken at most
 
 
 def _attention_flops(query: list[int], key: list[int], value: list[int], *args, **kwargs) -> int:
@@ -45,36 +48,82 @@ class Workload:
 
 def compare_speed(
     full: PreTrainedModel, compact: dict[object, PreTrainedModel], workload: Workload, rounds: int = 9, seed: int = 0
-) -> list[dict[str, float]]:
+) -> list[dict[str, object]]:
     """One row for each compact model: ``speedup`` = median over rounds of seconds(full) / seconds(compact).
 
-    A ratio is taken within its round, so that a machine whose speed drifts distorts both sides alike. One run before
-    counts FLOPs and warms up. A row has the workload, ``k`` (the key of ``compact``, whose models are on the same
-    device in the same dtype), ``speedup`` and its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``, ``ideal``
-    (FLOPs ratio), ``share_of_ideal``, ``full_ms``, ``compact_ms`` (medians) and ``rounds``.
+    One run before counts FLOPs and warms up. A row has the workload, ``k`` (the key of ``compact``, whose models are
+    on the same device in the same dtype), the columns of :func:`speed_row`, ``ideal`` (FLOPs ratio),
+    ``share_of_ideal``, ``above_ideal`` (more than the arithmetic allows: only decoding can be, which waits for
+    weights), ``full_ms``, ``compact_ms`` (medians), and ``seconds``: (full, compact) of every round.
     """
     models = {None: full, **compact}
     prompt = random_prompt(full, workload, seed)
     flops = {key: count_flops(model, workload, prompt) for key, model in models.items()}
-    seconds = interleaved(list(models), lambda key: run_seconds(models[key], workload, prompt), rounds)
+    seconds, others = quiet_rounds(models, workload, prompt, rounds)
     rows = []
     for k in compact:
-        speed, ideal = ratio_interval(np.divide(seconds[None], seconds[k]), seed), flops[None] / flops[k]
+        speed, ideal = speed_row(seconds[None], seconds[k], others), flops[None] / flops[k]
         medians = {name: 1e3 * float(np.median(seconds[key])) for name, key in (("full_ms", None), ("compact_ms", k))}
         rows.append({**vars(workload), "k": k, **speed, "ideal": ideal, "share_of_ideal": speed["speedup"] / ideal,
-                     **medians, "rounds": rounds})  # fmt: skip
+                     "above_ideal": speed["speedup"] > ideal, **medians,
+                     "seconds": list(zip(seconds[None], seconds[k], strict=True))})  # fmt: skip
     return rows
 
 
-def pair_seconds(
-    first: PreTrainedModel, second: PreTrainedModel, workload: Workload, rounds: int, seed: int = 0
-) -> tuple[list[float], list[float]]:
-    """Seconds of ``rounds`` runs of two models, interleaved, after one run each that warms up."""
-    models, prompt = (first, second), random_prompt(first, workload, seed)
-    for model in models:
+def compare_pair(
+    full: PreTrainedModel, small: PreTrainedModel, workload: Workload, rounds: int, seed: int = 0
+) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    """The columns of :func:`speed_row`, and (full, small) seconds of every round, after one run each that warms up."""
+    models, prompt = {"full": full, "small": small}, random_prompt(full, workload, seed)
+    for model in models.values():
         run_seconds(model, workload, prompt)
-    seconds = interleaved((0, 1), lambda place: run_seconds(models[place], workload, prompt), rounds)
-    return seconds[0], seconds[1]
+    seconds, others = quiet_rounds(models, workload, prompt, rounds)
+    return speed_row(*seconds.values(), others), list(zip(*seconds.values(), strict=True))
+
+
+def pair_seconds(
+    full: PreTrainedModel, small: PreTrainedModel, workload: Workload, rounds: int, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """Seconds of the rounds of :func:`compare_pair`."""
+    first, second = zip(*compare_pair(full, small, workload, rounds, seed)[1], strict=True)
+    return list(first), list(second)
+
+
+def quiet_rounds(
+    models: dict[object, PreTrainedModel], workload: Workload, prompt: Tensor, rounds: int
+) -> tuple[dict[object, list[float]], float]:
+    """Seconds of every round by key of ``models``, the full one first; and cores that other processes kept busy.
+
+    On a busy machine as many rounds again, up to three times as many. All of them count: who keeps the quiet ones
+    keeps those that he likes, and an interval over chosen rounds covers nothing.
+    """
+    seconds = {key: [] for key in models}
+    with Others() as others:
+        for _ in range(LOOKS):
+            for key, more in interleaved(
+                list(models), lambda key: run_seconds(models[key], workload, prompt), rounds
+            ).items():
+                seconds[key] += more
+            first, *rest = seconds.values()
+            if all(speed_row(first, own, others.cores)["quiet"] for own in rest):
+                break
+    return seconds, others.cores
+
+
+def speed_row(full: Sequence[float], small: Sequence[float], others: float = 0.0) -> dict[str, float]:
+    """``speedup``, the median over rounds of full / small seconds, and what says how far to trust it.
+
+    A ratio is taken within its round, so that a machine whose speed drifts distorts both sides alike.
+    ``speedup_lo`` and ``speedup_hi`` are :func:`paper_src.stats.median_interval`: 95% by order statistics, of fewer
+    than 6 rounds their range. ``spread`` is the interquartile range of the ratios over their median,
+    ``others_cores`` the load of other processes; ``quiet`` says that both are small.
+    """
+    ratios = np.divide(full, small)
+    lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+    low, high = median_interval(ratios)
+    spread = (upper - lower) / median
+    return {"speedup": median, "speedup_lo": low, "speedup_hi": high, "rounds": len(ratios), "spread": spread,
+            "others_cores": others, "quiet": spread <= SPREAD and others <= OTHERS}  # fmt: skip
 
 
 def interleaved(keys: Sequence, timed: Callable[..., float], rounds: int) -> dict[object, list[float]]:
@@ -146,8 +195,8 @@ def _synchronize(model: PreTrainedModel) -> None:
 
 
 def ratio_interval(ratios: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """``speedup``, the median of ``ratios``, with its 95% bootstrap interval ``speedup_lo``, ``speedup_hi``."""
-    low, high = interval(ratios, np.median, seed)
+    """``speedup``, the median of ``ratios``, with its interval ``speedup_lo``, ``speedup_hi``."""
+    low, high = median_interval(ratios)
     return {"speedup": float(np.median(ratios)), "speedup_lo": low, "speedup_hi": high}
 
 

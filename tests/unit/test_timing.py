@@ -3,6 +3,9 @@
 import mmap
 import resource
 import signal
+from functools import partial
+from itertools import chain, cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from paper_src import timing
 from paper_src.compaction import compact, save
 from paper_src.models import last_hidden
 from paper_src.scale import memory
+from paper_src.support.machine import Others
 from paper_src.timing import Workload, checkpoint_bytes, compare_speed, count_flops, run_seconds
 
 # of a tiny Llama's layer, 2 operations each: q and o, k and v of half as many heads, and three maps of the MLP
@@ -22,7 +26,8 @@ HEAD = 2 * 32 * 96  # a token
 
 FULL_SECONDS = [8.0, 4.0, 6.0]  # a machine that drifts
 COLUMNS = ["task", "batch", "length", "new_tokens", "k", "speedup", "speedup_lo", "speedup_hi"]
-COLUMNS += ["ideal", "share_of_ideal", "full_ms", "compact_ms", "rounds"]
+COLUMNS += ["rounds", "spread", "others_cores", "quiet"]
+COLUMNS += ["ideal", "share_of_ideal", "above_ideal", "full_ms", "compact_ms", "seconds"]
 
 
 def flops(model, *workload):
@@ -39,7 +44,7 @@ def watch_inputs(model):
 
 @pytest.fixture
 def planted(llama, monkeypatch):
-    """Compact models by k, and a log of runs: k of 4 layers take k/4 of ``FULL_SECONDS``."""
+    """Compact models by k, and a log of runs: k of 4 layers take k/4 of ``FULL_SECONDS``, nobody else is there."""
     models = {k: compact(llama, range(k)) for k in (1, 2)}
     layers = {id(llama): 4, **{id(model): k for k, model in models.items()}}
     log = []
@@ -49,7 +54,29 @@ def planted(llama, monkeypatch):
         return FULL_SECONDS[(len(log) - 1) // 3] * layers[id(model)] / 4
 
     monkeypatch.setattr(timing, "run_seconds", planted_seconds)
+    monkeypatch.setattr(timing, "Others", partial(Fake, cores=0.0))
     return models, log
+
+
+class Fake:
+    """``machine.Others`` of a machine whose other processes keep so many cores busy."""
+
+    def __init__(self, cores):
+        self.cores = cores
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def run_with(monkeypatch, llama, ratios, cores, rounds=9):
+    """compare_pair of a model that takes 1 s beside one that takes ``ratios`` s: one a round, over and over."""
+    small, turns = compact(llama, range(1)), chain([1.0], cycle(ratios))  # the first run warms up
+    monkeypatch.setattr(timing, "run_seconds", lambda model, *rest: next(turns) if model is llama else 1.0)
+    monkeypatch.setattr(timing, "Others", partial(Fake, cores=cores))
+    return timing.compare_pair(llama, small, Workload("prefill_hidden", 1, 4), rounds)
 
 
 # Work
@@ -163,16 +190,67 @@ def test_real_runs_give_positive_seconds(llama):
     assert row["speedup_lo"] <= row["speedup"] <= row["speedup_hi"]
 
 
-def test_ratio_interval_by_hand():
-    """A median of 3 draws from (1, 2, 9) is 1 or 9 in 7 of 27 cases each: both ends are inside the 95%."""
-    interval = timing.ratio_interval(np.array([1.0, 2.0, 9.0]), seed=0)
-    assert interval == {"speedup": 2, "speedup_lo": 1, "speedup_hi": 9}
+def test_a_quiet_machine_takes_its_rounds_once_and_keeps_their_seconds(llama, monkeypatch):
+    ratios = [2.0, 2.02, 1.98, 2.01, 1.99, 2.0, 2.03, 1.97, 2.0]
+    row, seconds = run_with(monkeypatch, llama, ratios, cores=0.2)
+    assert (row["rounds"], row["quiet"], row["others_cores"]) == (9, True, 0.2)
+    assert seconds == [(ratio, 1.0) for ratio in ratios]
+    # the second and the last but one of nine in their order
+    assert (row["speedup_lo"], row["speedup"], row["speedup_hi"]) == (1.98, 2.0, 2.02)
 
 
-def test_ratio_interval_ignores_a_rare_outlier():
-    """A median of 9 draws that is the outlier needs 5 of 9 picks of it: less than 1 case in 400."""
-    interval = timing.ratio_interval(np.array([2.0] * 8 + [50.0]), seed=0)
-    assert interval == {"speedup": 2, "speedup_lo": 2, "speedup_hi": 2}
+def test_spread_is_the_interquartile_range_over_the_median():
+    row = timing.speed_row([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    assert row["spread"] == pytest.approx((4 - 2) / 3)
+    assert (row["speedup_lo"], row["speedup_hi"]) == (1, 5)  # five rounds have a range only
+    assert not row["quiet"]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "cores"),
+    [([2.0] * 9, 0.3), ([1.0, 4.0, 1.0, 4.0, 1.0, 4.0, 1.0, 4.0, 2.0], 0.0)],
+    ids=["others at work", "wide"],
+)
+def test_a_busy_machine_takes_three_times_the_rounds_keeps_all_and_says_so(llama, monkeypatch, ratios, cores):
+    row, seconds = run_with(monkeypatch, llama, ratios, cores)
+    assert (row["rounds"], row["quiet"]) == (27, False)
+    assert [full for full, _ in seconds] == ratios * 3
+
+
+def test_rounds_that_calm_down_are_quiet_by_the_last_look(llama, monkeypatch):
+    """9 rounds of 1 or 3, then 18 of 2: half of all lie at the median."""
+    ratios = [1.0, 3.0] * 4 + [2.0] + [2.0] * 18
+    row, seconds = run_with(monkeypatch, llama, ratios, 0.0)
+    assert (row["rounds"], row["quiet"], row["speedup"]) == (18, True, 2.0)
+    assert [full for full, _ in seconds[:8]] == [1.0, 3.0] * 4, "the wild rounds stay"
+
+
+def test_load_of_others_by_hand():
+    """In 10 s everybody used 13 s and this process 8: half a core is others'; guests are in ``user`` already."""
+    system = iter([
+        SimpleNamespace(user=100.0, system=10.0, nice=1.0, idle=50.0, guest=7.0),
+        SimpleNamespace(user=110.0, system=12.0, nice=2.0, idle=57.0, guest=9.0),
+    ])  # fmt: skip
+    own = iter([SimpleNamespace(user=5.0, system=1.0), SimpleNamespace(user=12.0, system=2.0)])
+    clock = iter([3.0, 13.0])
+    with Others(lambda: next(system), lambda: next(own), lambda: next(clock)) as others:
+        pass
+    assert others.cores == 0.5
+    assert others.cores == 0.5, "asked again, it looks at no clock"
+
+
+def test_load_of_others_is_seen_while_the_block_runs_and_never_negative():
+    same = SimpleNamespace(user=1.0, system=1.0)
+    own, clock = iter([0.0, 1.0, 1.0]), iter([0.0, 2.0, 4.0])
+    with Others(lambda: same, lambda: SimpleNamespace(user=next(own), system=0.0), lambda: next(clock)) as others:
+        assert others.cores == 0
+
+
+@pytest.mark.parametrize(("task", "above"), [("prefill_hidden", False), ("prefill_logits", True)])
+def test_a_measured_speedup_above_the_arithmetic_is_flagged(llama, planted, task, above):
+    """Four times as fast: what one of four layers allows, and more than it allows with the head that stays."""
+    row, _ = compare_speed(llama, planted[0], Workload(task, 2, 7), rounds=3)
+    assert (row["speedup"], row["above_ideal"]) == (4, above)
 
 
 @pytest.mark.parametrize(
