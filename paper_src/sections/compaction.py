@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
@@ -16,6 +17,9 @@ from paper_src.reporting import reported
 from paper_src.reporting.findings import Findings, Read, ends, spread
 from paper_src.reporting.style import BLUE, GREEN, PURPLE, RED, SKY, STYLE, TASKS
 from paper_src.scale import memory
+
+KEY = ["task", "batch", "length", "new_tokens", "k"]
+EXACT = "order statistics of rounds"
 
 
 def t3_size(
@@ -44,13 +48,36 @@ def t3_size(
     return pd.DataFrame(rows)
 
 
-def t3_speed(
+def timed(
     full: PreTrainedModel, models: dict[int, PreTrainedModel], workloads: Iterable[timing.Workload], rounds: int,
     seed: int,
-) -> pd.DataFrame:  # fmt: skip
-    """A row a workload and k, see :func:`paper_src.timing.compare_speed`."""
-    rows = [timing.compare_speed(full, models, workload, rounds, seed) for workload in workloads]
-    return pd.DataFrame([row for part in rows for row in part])
+) -> list[dict[str, object]]:  # fmt: skip
+    """A row a workload and k with the seconds of every round, see :func:`paper_src.timing.compare_speed`."""
+    return [row for workload in workloads for row in timing.compare_speed(full, models, workload, rounds, seed)]
+
+
+def t3_speed(rows: list[dict[str, object]]) -> pd.DataFrame:
+    """Speedup of each compact model by workload: the median of its rounds, with an interval by order statistics.
+
+    ``quiet`` says that the rounds agree and other processes were idle, ``above_ideal`` that more was measured than the
+    arithmetic allows.
+
+    Args:
+        rows: :func:`timed`.
+    """
+    return pd.DataFrame(rows).drop(columns="seconds")
+
+
+def t3_rounds(rows: list[dict[str, object]]) -> pd.DataFrame:
+    """Seconds of every timed round, full and compact: what intervals and verdicts of speed are computed from.
+
+    Args:
+        rows: :func:`timed`.
+    """
+    return pd.DataFrame([
+        {**{name: row[name] for name in KEY}, "round": turn, "full_s": full, "compact_s": small}
+        for row in rows for turn, (full, small) in enumerate(row["seconds"])
+    ])  # fmt: skip
 
 
 def prefill_rows(speed: pd.DataFrame) -> pd.DataFrame:
@@ -66,10 +93,10 @@ def prefill_speed(speed: pd.DataFrame) -> pd.Series:
 
 
 def f3_speed(table: pd.DataFrame, depth: int) -> Figure:
-    """Speedup of the compact models over layer compression, measured with full and compact interleaved in one run.
-
-    A panel for each kind of work. Bars: 95% bootstrap of the median over timed rounds. Dotted: the ratio of the
-    floating-point operations, which decoding can exceed, since it waits for weights to be read.
+    """Speedup of the compact models over layer compression, measured with full and compact interleaved in one run: a
+    panel for each kind of work. n: timed rounds, as the axis says; bars: 95% interval of their median by order
+    statistics. Hollow: timed beside other work, or rounds that differ widely. Dotted: the ratio of the floating-point
+    operations, which decoding can exceed, since it waits for weights to be read.
 
     Args:
         table: t3_speed.
@@ -82,41 +109,56 @@ def f3_speed(table: pd.DataFrame, depth: int) -> Figure:
         figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 3.4), sharey=True)
         for axis, (task, title) in zip(axes, TASKS.items(), strict=True):
             for shape, rows in table[table["task"] == task].groupby(["batch", "length"]):
-                x = depth / rows["k"]
-                spread = [rows["speedup"] - rows["speedup_lo"], rows["speedup_hi"] - rows["speedup"]]
-                axis.errorbar(x, rows["speedup"], spread, color=colours[shape], marker="o", ms=4, lw=1.2,
-                              label=f"batch {shape[0]}, {shape[1]} tokens")  # fmt: skip
-                axis.plot(x, rows["ideal"], color=colours[shape], ls=":", lw=1)
+                _series(axis, depth / rows["k"], rows, colours[shape], f"batch {shape[0]}, {shape[1]} tokens")
             axis.plot([], [], color="black", ls=":", lw=1, label="ideal (FLOPs)")
             axis.plot(reported.LAYER_COMPRESSION, reported.SPEEDUP, "*", ms=10, color=RED, label="earlier report")
+            if not table["quiet"].all():
+                axis.plot([], [], "o", ms=4, color="black", mfc="white", label="machine was busy")
             axis.set_title(title)
             axis.set_xticks([depth / k for k in keep], [f"{depth / k:.2f}\nk = {k}" for k in keep])
             axis.set_xlabel("layer compression L / k")
             axis.legend(loc="upper left")
-        axes[0].set_ylabel(f"speedup, full / compact (n = {table['rounds'].iloc[0]} rounds)")
+        rounds = " to ".join(map(str, sorted({table["rounds"].min(), table["rounds"].max()})))
+        axes[0].set_ylabel(f"speedup, full / compact (n = {rounds} rounds)")
     plt.close(figure)
     return figure
 
 
+def _series(axis: Axes, x: pd.Series, rows: pd.DataFrame, colour: str, label: str) -> None:
+    """One workload: measured speedups with their bars, hollow where the machine was busy, and the ideal."""
+    bars = [rows["speedup"] - rows["speedup_lo"], rows["speedup_hi"] - rows["speedup"]]
+    axis.errorbar(x, rows["speedup"], bars, color=colour, marker="o", ms=4, lw=1.2, label=label)
+    busy = ~rows["quiet"]
+    axis.plot(x[busy], rows.loc[busy, "speedup"], "o", ms=4, color=colour, mfc="white", zorder=3)
+    axis.plot(x, rows["ideal"], color=colour, ls=":", lw=1)
+
+
 def t3_findings(read: Read) -> pd.DataFrame:
-    """t3_findings: size and speed of the smallest and the largest compact model, and at the reported compressions."""
-    size, speed, found = read("t3_size").set_index("k"), read("t3_speed"), Findings()
+    """t3_findings: size and speed of the smallest and the largest compact model, and at the reported compressions.
+
+    Intervals of speed are computed here from t3_rounds.
+    """
+    size, found = read("t3_size").set_index("k"), Findings()
+    speed = _from_rounds(read("t3_speed"), read("t3_rounds"))
     depth, smallest = size.index.max(), speed["k"].min()
     dtype = size["dtype"].iloc[0]
     found.add("t3_size", "parameters_full", size.loc[depth, "parameters"], unit="parameters", text=dtype)
     found.add("t3_size", "parameters_smallest", size.loc[smallest, "parameters"], unit="parameters")
-    for name in ("layer_compression", "parameter_compression"):
-        found.add("t3_size", f"{name}_smallest", size.loc[smallest, name], unit="times")
+    for name, of in (("layer_compression", depth), ("parameter_compression", size.loc[depth, "parameters"])):
+        found.add("t3_size", f"{name}_smallest", size.loc[smallest, name], unit="times", n=of, test="count")
     for name in ("disk_bytes", "peak_memory_bytes"):
         share = size.loc[smallest, name] / size.loc[depth, name]
         found.add("t3_size", f"{name.removesuffix('_bytes')}_share_smallest", share, unit="bytes / full")
     prefill = prefill_rows(speed)
     for role, k in (("smallest", smallest), ("largest", speed["k"].max())):
         row = prefill.loc[k]
-        found.add("t3_speed", f"speedup_{role}", *ends(row, "speedup"), unit="times, prefill of hidden states",
-                  n=row["rounds"])  # fmt: skip
+        found.add("t3_rounds", f"speedup_{role}", *ends(row, "speedup"), unit="times, prefill of hidden states",
+                  n=row["rounds"], test=EXACT)  # fmt: skip
         found.add("t3_speed", f"speedup_{role}_k", k, unit="layers")
     found.add("t3_speed", "share_of_ideal_smallest", prefill.loc[smallest, "share_of_ideal"], unit="share of L / k")
+    above = speed[(speed["task"] != "decode") & (speed["speedup_lo"] > speed["ideal"])]
+    found.add("t3_rounds", "prefill_above_ideal", len(above), n=(speed["task"] != "decode").sum(), test="count",
+              unit="prefill speedups whose interval is above the ratio of operations")  # fmt: skip
     _by_workload(found, speed[speed["k"] == smallest], "smallest")
     low, high = reported.COMPRESSION_RANGE
     inside = speed[(depth / speed["k"]).round(1).between(low, high)]
@@ -127,9 +169,27 @@ def t3_findings(read: Read) -> pd.DataFrame:
     return found.frame()
 
 
+def _from_rounds(speed: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
+    """t3_speed with speedup, interval and number of rounds computed anew from t3_rounds."""
+    rows = []
+    for key, part in rounds.groupby(KEY):
+        measured = timing.speed_row(part["full_s"], part["compact_s"])
+        taken = {name: measured[name] for name in ("speedup", "speedup_lo", "speedup_hi", "rounds")}
+        rows.append({**dict(zip(KEY, key, strict=True)), **taken})
+    made = pd.DataFrame(rows)
+    return speed.drop(columns=made.columns.difference(KEY)).merge(made, on=KEY, validate="1:1")
+
+
 def _by_workload(found: Findings, rows: pd.DataFrame, role: str) -> None:
-    """Adds the range of the speedup over workloads: of all, of hidden states, and where the uncut head takes part."""
+    """Adds the speedup over workloads: its median with the outermost ends of their intervals, and ranges of medians
+    of hidden states and where the uncut head takes part; and how many were timed on a quiet machine.
+    """
+    found.add("t3_rounds", f"speedup_{role}_any", rows["speedup"].median(), rows["speedup_lo"].min(),
+              rows["speedup_hi"].max(), n=rows["rounds"].min(), test=f"{EXACT}, all workloads",
+              unit="times: median and outermost ends of the workloads' intervals")  # fmt: skip
     hidden = rows["task"] == "prefill_hidden"
-    for name, part in (("any", rows), ("hidden", rows[hidden]), ("head", rows[~hidden])):
-        found.add("t3_speed", f"speedup_{role}_{name}", *spread(part["speedup"]), n=len(part),
+    for name, part in (("hidden", rows[hidden]), ("head", rows[~hidden])):
+        found.add("t3_rounds", f"speedup_{role}_{name}", *spread(part["speedup"]), n=len(part),
                   unit="times: median and range over workloads")  # fmt: skip
+    found.add("t3_speed", f"timed_quietly_{role}", rows["quiet"].sum(), n=len(rows), test="count",
+              unit="speedups timed on a quiet machine")  # fmt: skip
