@@ -33,6 +33,7 @@ class Distillation:
     evaluate_every: int = 20  # steps between looks at validation text, and between checkpoints; the last is a look
     patience: int = 5  # looks without progress after which it stops
     seed: int = 0  # of the order of the blocks
+    embeddings: bool = False  # whether embedding and head are trained too: where they are not those of the full model
 
 
 @dataclass
@@ -50,9 +51,10 @@ def distil(
 ) -> Distilled:  # fmt: skip
     """``student`` trained on ``blocks`` (N, T) so that it answers as ``full`` does; neither is changed.
 
-    A float32 copy is trained in float32, without its embedding and head. (Trainer's autocast to bfloat16 wraps only
-    the model's own forward, as of transformers 5.23; the loss calls the parts of the model and never that.) A run that
-    was killed goes on from its last checkpoint in ``folder`` and ends where it would have; one that has ended is read.
+    A float32 copy is trained in float32, by default without its embedding and head. (Trainer's autocast to bfloat16
+    wraps only the model's own forward, as of transformers 5.23; the loss calls the parts of the model and never that.)
+    A run that was killed goes on from its last checkpoint in ``folder`` and ends where it would have; one that has
+    ended is read.
 
     Args:
         student: compact, possibly refitted.
@@ -70,7 +72,7 @@ def distil(
     folder = run_folder(Path(folder), [blocks, validation.blocks, *student.parameters()], asdict(settings))
     model = copy.deepcopy(student).float().requires_grad_(True)
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        part.requires_grad_(False)
+        part.requires_grad_(settings.embeddings)
     if (history := stored_outcome(folder, model)) is None:
         trainer = Distiller(full, validation, blocks, settings, kept, progress, model=model,
                             args=_arguments(full, folder, len(blocks), settings))  # fmt: skip

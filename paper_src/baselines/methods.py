@@ -1,13 +1,13 @@
 """The methods of section 7, each a function and an entry in ``METHODS``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from paper_src import recovery
-from paper_src.baselines import depth, low_rank, quantization, sparsity, width
+from paper_src import recovery, selection
+from paper_src.baselines import control, depth, low_rank, quantization, sparsity, width
 from paper_src.baselines.setting import Setting
 from paper_src.compaction import compact
 
@@ -23,10 +23,13 @@ class Method:
         function: (setting, k) -> model; k is 0 where its size is not free.
         sized: whether it is given the parameter count of the compact model of k layers.
         bits: of a weight in the layers; None are those of the full model.
-        training: ``none`` where its weights cannot be trained, ``plain``, ``masked`` where zeros stay zeros, or
-            ``refit``: cut layers, first repaired in closed form.
+        training: ``none`` where its weights cannot be trained, ``plain``, or ``masked`` where zeros stay zeros.
         needs: parts of the setting that it uses; the seconds of those made once count for each method.
         repair: what its model has had when it is made: none, closed_form or distilled.
+        refit: (setting, k) -> the same model fitted in closed form, from which its training starts; None where its
+            algebra has none, or where ``function`` has done it.
+        start: what its training starts from: as_it_is, closed_form or random.
+        control: whether it is there to be beaten.
     """
 
     title: str
@@ -38,10 +41,17 @@ class Method:
     training: str = "none"
     needs: tuple[str, ...] = ()
     repair: str = "none"
+    refit: Callable[[Setting, int], PreTrainedModel] | None = None
+    start: str = "as_it_is"
+    control: bool = False
 
-    def make(self, on: Setting, k: int) -> tuple[PreTrainedModel, float]:
-        """The model at k layers' size, and its seconds with those of what it shares with other methods."""
-        return on.make((self.title, k), self.needs, lambda on: self.function(on, k))
+    def make(self, on: Setting, k: int, seed: int = 0, refit: bool = False) -> tuple[PreTrainedModel, float]:
+        """The model at k layers' size, or what its training starts from, and its seconds.
+
+        What it shares with other methods counts as well; ``seed`` is that of random weights.
+        """
+        on.seed, function = seed, self.refit if refit and self.refit else self.function
+        return on.make((self.title, k, seed, function), self.needs, lambda on: function(on, k))
 
 
 def _torchao(title: str, kind: str, bits: int) -> Method:
@@ -64,6 +74,16 @@ def _at_size(title: str, family: str, source: str, function: Callable, training:
     return Method(title, family, source, function, sized=True, training=training, **others)
 
 
+def _control(title: str, kept: Callable[[Setting, int], Sequence[int]]) -> Method:
+    """Other layers than the chosen ones, repaired and trained like those."""
+    return _at_size(title, "depth", "control", lambda on, k: compact(on.full, kept(on, k)), refit=_refitted(kept),
+                    control=True)  # fmt: skip
+
+
+def _refitted(kept: Callable[[Setting, int], Sequence[int]]) -> Callable[[Setting, int], PreTrainedModel]:
+    return lambda on, k: recovery.closed_form(on.full, kept(on, k), on.blocks).model
+
+
 TORCHAO = "TorchAO (arXiv:2507.16099)"
 METHODS: dict[str, Method] = {
     "full": Method("full model", "full", "", lambda on, k: on.full),
@@ -83,19 +103,35 @@ METHODS: dict[str, Method] = {
     "wanda_75": _wanda("Wanda 75%", 0.75),
     "wanda_2_4": _wanda("Wanda 2:4", 0.5, group=4),
     "width": _at_size("width", "width", "Minitron's axes (arXiv:2407.14679), Wanda's norms",
-                      lambda on, k: width.width_pruned(on.full, on.moments, on.size(k)), needs=("moments",)),
+                      lambda on, k: width.width_pruned(on.full, on.moments, on.size(k)), needs=("moments",),
+                      refit=lambda on, k: width.width_pruned(on.full, on.moments, on.size(k), repair="refit")),
+    "width_refit": _at_size("width, closed form", "width", "least squares on the kept inputs",
+                            lambda on, k: width.width_pruned(on.full, on.moments, on.size(k), repair="refit"), "none",
+                            needs=("moments",), repair="closed_form"),
     "svd": _at_size("SVD", "low rank", "Eckart and Young, 1936",
-                    lambda on, k: low_rank.low_rank(on.full, on.plain_factors, on.size(k)), needs=("plain_factors",)),
+                    lambda on, k: low_rank.low_rank(on.full, on.plain_factors, on.size(k)), needs=("plain_factors",),
+                    control=True),
     "svd_aware": _at_size("SVD, activation-aware", "low rank", "SVD-LLM (arXiv:2403.07378)",
                           lambda on, k: low_rank.low_rank(on.full, on.aware_factors, on.size(k)),
-                          needs=("moments", "aware_factors")),
-    "early_exit": _at_size("early exit", "depth", "the first k layers", lambda on, k: compact(on.full, range(k))),
+                          needs=("moments", "aware_factors"), start="closed_form"),  # its own least squares
+    "early_exit": _control("first layers", lambda on, k: range(k)),
+    "evenly_spaced": _control("evenly spaced layers", lambda on, k: selection.evenly_spaced(on.depth, k)),
+    "best_random": _control("best random layers", lambda on, k: on.random_cut[k]),
+    "random_layers": _at_size("random layers, own head", "control", "embedding and head of the full model",
+                              lambda on, k: control.random_layers(on.full, on.kept[k], on.seed), start="random",
+                              control=True),
+    "random_weights": _at_size("random weights", "control", "nothing of the full model",
+                               lambda on, k: control.random_weights(on.full, on.kept[k], on.seed), start="random",
+                               control=True),
     "laco": _at_size("LaCo", "depth", "LaCo (arXiv:2402.11187)",
                      lambda on, k: depth.laco(on.full, k, on.few_blocks), needs=("few_blocks",)),
     "replace_me": _at_size("ReplaceMe", "depth", "ReplaceMe (arXiv:2505.02819)",
                            lambda on, k: recovery.closed_form(on.full, on.block_cut[k], on.blocks, "mlp_map").model,
                            needs=("blocks",), repair="closed_form"),
-    "cut": _at_size("layers cut", "depth", "section 5's layers", lambda on, k: compact(on.full, on.kept[k]), "refit"),
+    "cut": _at_size("layers cut", "depth", "section 5's layers", lambda on, k: compact(on.full, on.kept[k]),
+                    refit=_refitted(lambda on, k: on.kept[k])),
+    "cut_refit": _at_size("layers cut, closed form", "depth", "section 5's layers", _refitted(lambda on, k: on.kept[k]),
+                          "none", needs=("blocks",), repair="closed_form"),
     "cut_repaired": _at_size("layers cut, section 5", "depth", "section 5",
                              lambda on, k: depth.repaired(on.full, on.repaired[k].folder), "none",
                              needs=("repaired",), repair="distilled"),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from paper_src import distillation, fidelity
 from paper_src.baselines import low_rank, moments
 from paper_src.compaction import compact
-from paper_src.models import count_parameters
+from paper_src.models import count_parameters, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Setting:
         repaired: k -> section 5's checkpoint of ``kept``.
         validation: decides on the training's best state.
         folder: of the training's checkpoints and of finished rows.
-        training: how every method is trained.
+        training: how every method is trained; its learning rate and seed are those below.
+        rates: learning rates among which validation text decides, for every method.
+        random_cut: k -> the random selection of layers that was best on validation text.
     """
 
     full: PreTrainedModel
@@ -47,15 +49,23 @@ class Setting:
     validation: fidelity.Reference
     folder: Path
     training: distillation.Distillation
+    rates: Sequence[float] = (5e-4,)
+    random_cut: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.spent: dict[str, float] = {}  # seconds of what several methods share
+        self.seed = 0  # of the row that is being made: of random weights
         self._latest: tuple[object, PreTrainedModel, float] = (None, self.full, 0.0)
 
     @property
     def bits(self) -> int:
         """Of a weight of the full model."""
         return 8 * self.full.dtype.itemsize
+
+    @property
+    def depth(self) -> int:
+        """Layers of the full model."""
+        return len(decoder_layers(self.full))
 
     def size(self, k: int) -> int:
         """Parameters of the compact model of k layers: no method of this size gets more."""

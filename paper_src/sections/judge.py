@@ -1,16 +1,19 @@
 """The judge of sections 5 and 7: a model beside the full one on every kind of text of one split."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError, data, fidelity
+from paper_src.sections.windows import window_rows
 
 OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metrics on the first
+ALL_METRICS = 8192  # tokens of it that get them
 
 
 def kind_of_text(name: str) -> str:
@@ -63,46 +66,84 @@ class Judge:
         tokenizer: its tokenizer.
         texts: names for :func:`data.load_text`; all metrics are taken on the first.
         split: ``valid`` or ``test``.
-        shape: blocks of each kind, tokens of a block.
+        shape: windows of the first kind, tokens of a window.
         mean: (d,) mean state of calibration text.
         seed: of the windows and the bootstrap.
+        others: windows of each other kind; None: as many.
+        model_digest: of the full model's files, for :meth:`windows`.
     """
 
     def __init__(
         self, full: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split: str,
-        shape: tuple[int, int], mean: Tensor, seed: int,
+        shape: tuple[int, int], mean: Tensor, seed: int, others: int | None = None, model_digest: str = "",
     ):  # fmt: skip
+        self.blocks: dict[str, Tensor] = {}
         self.references: dict[str, fidelity.Reference] = {}
+        self.rest: fidelity.Reference | None = None  # windows of the first kind that are judged by OTHER_TEXT alone
         self.digests: dict[str, str] = {}
-        self.full_nll: dict[str, np.ndarray] = {}  # nats/token of each block
-        self.seed = seed
+        self.seed, self.model_digest = seed, model_digest
+        (count, length), whole = shape, max(1, ALL_METRICS // shape[1])
         for name in texts:
             kind = kind_of_text(name)
             text, self.digests[f"{kind} {split}"] = data.load_text(name, split)
+            blocks = self.blocks[kind] = data.token_blocks(tokenizer, text, count, length, seed)
             metrics = OTHER_TEXT if self.references else fidelity.METRICS
-            blocks = data.token_blocks(tokenizer, text, *shape, seed)
+            if not self.references and count > whole:
+                self.rest = fidelity.reference(full, blocks[whole:], mean, metrics=OTHER_TEXT)
+                blocks = blocks[:whole]
             self.references[kind] = fidelity.reference(full, blocks, mean, metrics=metrics)
-            self.full_nll[kind] = self._values(full, kind, ("nll_nats",))["nll_nats"]
+            count = others or count
+        own = self.compare(full, ("nll_nats",))
+        self.full_nll = {kind: values["nll_nats"] for kind, values in own.items()}  # nats/token of each window
 
     @property
     def first(self) -> fidelity.Reference:
-        """The reference on the first kind of text."""
+        """The reference on the first kind of text, on the windows that get all metrics."""
         return next(iter(self.references.values()))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the first kind of text."""
+        return next(iter(self.blocks.values())).numel()
 
     @property
     def nll(self) -> float:
         """The full model's mean loss on the first kind of text, nats/token."""
         return float(next(iter(self.full_nll.values())).mean())
 
+    @torch.no_grad()
+    def compare(self, model: PreTrainedModel, metrics: Sequence[str] = fidelity.METRICS) -> dict[str, dict]:
+        """kind of text -> metric -> a value a window; the first kind has all ``metrics``, the others those of them
+        that are in ``OTHER_TEXT``. Where the first has over 8,192 tokens only these few are taken on all of it: the
+        distributions of the full model, which the others need, fill the memory.
+        """
+        few = [name for name in OTHER_TEXT if name in metrics]
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for kind, full in self.references.items():
+            found[kind] = fidelity.compare(model, full, metrics=few if found else metrics)
+            if self.rest is not None and len(found) == 1:
+                more = fidelity.compare(model, self.rest, metrics=few)
+                found[kind] |= {name: np.concatenate([found[kind][name], more[name]]) for name in few}
+        return found
+
+    def windows(self, row: str, found: Mapping[str, Mapping[str, np.ndarray]]) -> pd.DataFrame:
+        """Part of a ``tN_windows`` with the losses of every window of what :meth:`compare` gave."""
+        parts = [window_rows(row, kind, self.blocks[kind], self.model_digest, found[kind]) for kind in found]
+        return pd.concat(parts, ignore_index=True)
+
     def row(self, model: PreTrainedModel) -> dict[str, float]:
+        """:meth:`summary` of the model."""
+        return self.summary(self.compare(model))
+
+    def summary(self, found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         """All metrics on the first kind of text with intervals; ``ppl_ratio_<kind>``, ``cosine_<kind>`` on all.
 
-        The interval of ``ppl_ratio`` is of the differences to the full model on the same blocks;
+        The interval of ``ppl_ratio`` is of the differences to the full model on the same windows;
         ``ppl_ratio_mean`` is the geometric mean over the kinds of text.
         """
         row: dict[str, float] = {}
         for kind, full in self.full_nll.items():
-            values = self._values(model, kind, OTHER_TEXT if row else fidelity.METRICS)
+            values = found[kind]
             if not row:
                 row |= fidelity.summarize(values, self.seed) | fidelity.ppl_ratio(values["nll_nats"], full, self.seed)
             row[f"ppl_ratio_{kind}"] = np.exp((values["nll_nats"] - full).mean())
@@ -112,15 +153,11 @@ class Judge:
 
     def ppl_ratio(self, model: PreTrainedModel) -> float:
         """Perplexity over the full model's, geometric mean over the kinds of text."""
-        gaps = [(self._values(model, kind, ("nll_nats",))["nll_nats"] - full).mean()
-                for kind, full in self.full_nll.items()]  # fmt: skip
-        return float(np.exp(np.mean(gaps)))
+        found = self.compare(model, ("nll_nats",))
+        return float(np.exp(np.mean([(found[kind]["nll_nats"] - full).mean() for kind, full in self.full_nll.items()])))
 
     def constant_row(self, full: PreTrainedModel) -> dict[str, float]:
         """The trivial predictor on the first kind of text: it answers every token with the mean state."""
-        row = fidelity.summarize(fidelity.compare_constant(full, self.first), self.seed)
-        return row | {"ppl_ratio": float(np.exp(row["nll_nats"] - self.nll))}
-
-    @torch.no_grad()
-    def _values(self, model: PreTrainedModel, kind: str, metrics: Sequence[str]) -> dict[str, np.ndarray]:
-        return fidelity.compare(model, self.references[kind], metrics=metrics)
+        values, own = fidelity.compare_constant(full, self.first), next(iter(self.full_nll.values()))
+        row = fidelity.summarize(values, self.seed)
+        return row | {"ppl_ratio": float(np.exp(row["nll_nats"] - own[: len(values["nll_nats"])].mean()))}
