@@ -10,7 +10,13 @@ from transformers import PreTrainedModel
 from paper_src import NotSupported
 from paper_src.models import last_hidden, locate_layers
 
-InputMoments = dict[str, Tensor]  # of each map's input x, E x x^T
+
+class InputMoments(dict[str, Tensor]):
+    """Name of each map -> (in, in) E x x^T of its input x, and in ``means`` (in,) E x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: dict[str, Tensor] = {}
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -24,21 +30,22 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> InputMoments:
-    """name -> (in, in) float32 mean of x x^T over the tokens of ``blocks`` (N, T), for every map of :func:`linears`.
+    """float32 means of x x^T and x over the tokens of ``blocks`` (N, T), for every map of :func:`linears`.
 
-    Maps that read the same states (query, key and value; gate and up) share one tensor.
+    Maps that read the same states (query, key and value; gate and up) share their tensors. The inputs are those of
+    the full model, also for maps behind others that a method changes.
     """
-    moments: InputMoments = {}
-    latest: list[tuple[Tensor, Tensor]] = []  # the input seen last, and its sum of x x^T
+    moments = InputMoments()
+    latest: list[tuple[Tensor, str]] = []  # the input seen last, and the map that it was seen at
 
     def add(name: str, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0]
         if not (latest and latest[0][0] is states):
             x = states.flatten(0, -2).float()
-            total = moments.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
-            total += x.T @ x
-            latest[:] = [(states, total)]
-        moments[name] = latest[0][1]
+            moments.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).add_(x.T @ x)
+            moments.means.setdefault(name, x.new_zeros(x.shape[1])).add_(x.sum(0))
+            latest[:] = [(states, name)]
+        moments[name], moments.means[name] = moments[latest[0][1]], moments.means[latest[0][1]]
 
     with ExitStack() as hooks:
         for name, linear in linears(model):
@@ -46,6 +53,6 @@ def input_moments(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -
             hooks.callback(hook.remove)
         for batch in blocks.split(batch_size):
             last_hidden(model, batch)
-    for unique in {id(total): total for total in moments.values()}.values():
+    for unique in {id(total): total for total in (*moments.values(), *moments.means.values())}.values():
         unique.div_(blocks.numel())
     return moments

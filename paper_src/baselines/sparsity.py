@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from paper_src import NotSupported
 from paper_src.baselines.moments import InputMoments, linears
+from paper_src.baselines.surgeon import Fix, compensated
 
 
 def magnitude_pruned(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
@@ -33,6 +34,30 @@ def wanda(model: PreTrainedModel, moments: InputMoments, sparsity: float = 0.5, 
         drop = torch.zeros_like(parts, dtype=torch.bool)
         drop.scatter_(-1, order[..., : round(sparsity * parts.shape[-1])], True)
         linear.weight.data[drop.view_as(score)] = 0
+    return small
+
+
+@torch.no_grad()
+def sparse_gpt(
+    model: PreTrainedModel, moments: InputMoments, sparsity: float = 0.5, width: int = 128
+) -> PreTrainedModel:
+    """The model with this share of zeros, the other weights changed so that outputs change least (arXiv:2301.00774).
+
+    In each stretch of ``width`` inputs the weights of least w^2 / U_jj^2 are zero, the share over all outputs together
+    (:func:`surgeon.compensated`). The released code takes the inputs that the model so far pruned gives, layer after
+    layer; here they are those of the full model, as for every other method.
+    """
+
+    def rule(part: Tensor, scale: Tensor) -> Fix:
+        score = (part / scale).square().flatten()
+        keep = torch.ones_like(score, dtype=torch.bool)
+        keep[score.argsort(stable=True)[: round(sparsity * len(score))]] = False
+        keep = keep.view_as(part)
+        return lambda column, place: column * keep[:, place]
+
+    small = copy.deepcopy(model)
+    for name, linear in linears(small):
+        linear.weight.data = compensated(linear.weight.data, moments[name], rule, width)
     return small
 
 

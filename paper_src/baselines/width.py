@@ -4,7 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from paper_src import InputError, NotSupported
 from paper_src.baselines.moments import InputMoments
@@ -12,39 +12,89 @@ from paper_src.models import count_parameters, locate_layers
 
 
 @torch.no_grad()
-def width_pruned(model: PreTrainedModel, moments: InputMoments, parameters: int) -> PreTrainedModel:
+def width_pruned(
+    model: PreTrainedModel, moments: InputMoments, parameters: int, score: str = "norm", repair: str = "none"
+) -> PreTrainedModel:
     """The model with fewer MLP neurons and attention groups in every layer, of at most so many ``parameters``.
 
-    Neurons of least sqrt(E a_j^2) * |W_down,j| are removed, as are whole groups of query heads with their key and
-    value head, of least E |W_o,group x|^2: a standard checkpoint. The share of groups that stays is the one nearest to
-    the share of neurons that the size then allows, of those that divide the hidden size, as transformers asks.
+    Neurons and whole groups of query heads, with their key and value head, of the least score are removed: a standard
+    checkpoint. The share of groups that stays is the one nearest to the share of neurons that the size then allows, of
+    those that divide the hidden size, as transformers asks. With x_u the inputs that a unit u gives to the output
+    matrix W of its part (``down_proj``, ``o_proj``):
+
+    Args:
+        score: ``norm``, E |W_u x_u|^2; or ``fluctuation``, sum over j in u of var(x_j) |W_j|^2 (FLAP,
+            arXiv:2312.11983, in its variant of the same widths everywhere, which the paper calls UL-UM).
+        repair: of W: ``none``; ``refit``, least squares on the inputs S that stay, W' = W M_:S (M_SS + ridge)^-1 with
+            M = E x x^T; or ``bias``, as in FLAP, what the removed inputs give on average, W_j E x_j.
 
     Raises:
-        NotSupported: a layer has other parts than Llama's.
+        NotSupported: a layer has other parts than Llama's, or its family no biases where they are asked for.
         InputError: ``parameters`` leaves no neuron.
     """
     small = copy.deepcopy(model)
     path, layers = locate_layers(small)
+    if repair == "bias":
+        _add_biases_(small.config.get_text_config(), layers)
     config = small.config.get_text_config()
     groups, neurons = _widths(small, layers, parameters)
     heads = config.num_attention_heads // config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index, layer in enumerate(layers):
-        attention, mlp, name = layer.self_attn, layer.mlp, f"{path}.{index}"
-        down, out = mlp.down_proj.weight.float(), attention.o_proj.weight.float()
-        energy = moments[f"{name}.mlp.down_proj"].diagonal().sqrt() * down.norm(dim=0)
-        kept = energy.topk(neurons).indices.sort().values
-        _narrow_(mlp.gate_proj, rows=kept), _narrow_(mlp.up_proj, rows=kept), _narrow_(mlp.down_proj, columns=kept)
-        wide = heads * size
-        part = (out.T @ out) * moments[f"{name}.self_attn.o_proj"]  # E |W x|^2 is the sum of its entries
-        worth = part.unflatten(0, (-1, wide)).unflatten(2, (-1, wide)).sum((1, 3)).diagonal()
-        best = worth.topk(groups).indices.sort().values
-        query, key = (torch.cat([torch.arange(n * g, n * g + n) for g in best.tolist()]) for n in (wide, size))
-        _narrow_(attention.q_proj, rows=query), _narrow_(attention.o_proj, columns=query)
+        attention, mlp = layer.self_attn, layer.mlp
+        name = f"{path}.{index}.mlp.down_proj"
+        kept = _best(mlp.down_proj, name, moments, 1, neurons, score)
+        _narrow_(mlp.gate_proj, rows=kept), _narrow_(mlp.up_proj, rows=kept)
+        _cut_inputs_(mlp.down_proj, name, moments, kept, repair)
+        name = f"{path}.{index}.self_attn.o_proj"
+        best = _best(attention.o_proj, name, moments, heads * size, groups, score)
+        query, key = (torch.cat([torch.arange(n * g, n * g + n) for g in best.tolist()]) for n in (heads * size, size))
+        _narrow_(attention.q_proj, rows=query)
         _narrow_(attention.k_proj, rows=key), _narrow_(attention.v_proj, rows=key)
+        _cut_inputs_(attention.o_proj, name, moments, query, repair)
     config.head_dim, config.intermediate_size = size, neurons
     config.num_key_value_heads, config.num_attention_heads = groups, groups * heads
     return small
+
+
+def _best(linear: nn.Linear, name: str, moments: InputMoments, wide: int, count: int, score: str) -> Tensor:
+    """(count,) units of ``wide`` inputs of the highest score, in order."""
+    weight, moment = linear.weight.float(), moments[name]
+    if score == "fluctuation":
+        worth = (moment.diagonal() - moments.means[name].square()) * weight.square().sum(0)
+        worth = worth.unflatten(0, (-1, wide)).sum(1)
+    else:
+        part = (weight.T @ weight) * moment  # E |W x|^2 is the sum of its entries
+        worth = part.unflatten(0, (-1, wide)).unflatten(2, (-1, wide)).sum((1, 3)).diagonal()
+    return worth.topk(count).indices.sort().values
+
+
+RIDGE = 1e-3  # of the mean diagonal of the moment
+
+
+def _cut_inputs_(linear: nn.Linear, name: str, moments: InputMoments, kept: Tensor, repair: str) -> None:
+    """Keep only the inputs ``kept`` of ``linear``, and let it make up for the others."""
+    weight = linear.weight.data.double()
+    if repair == "refit":
+        moment = moments[name].double()
+        own = moment[kept][:, kept] + RIDGE * moment.diagonal().mean() * torch.eye(len(kept), device=weight.device)
+        weight[:, kept] = torch.linalg.solve(own, moment[kept] @ weight.T).T
+    if repair == "bias":
+        gone = moments.means[name].double()
+        gone[kept] = 0
+        linear.bias.data = (linear.bias.data.double() + weight @ gone).to(linear.bias.dtype)
+    linear.weight.data = weight.to(linear.weight.dtype)
+    _narrow_(linear, columns=kept)
+
+
+def _add_biases_(config: PretrainedConfig, layers: nn.ModuleList) -> None:
+    """Biases of zero where there are none, and the entries of ``config`` that say so."""
+    if not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
+        raise NotSupported(f"{type(config).__name__} has no attention_bias and mlp_bias: its layers take no biases")
+    config.attention_bias = config.mlp_bias = True
+    for part in layers.modules():
+        if isinstance(part, nn.Linear) and part.bias is None:
+            part.bias = nn.Parameter(part.weight.new_zeros(part.out_features))
 
 
 def _widths(model: PreTrainedModel, layers: nn.ModuleList, parameters: int) -> tuple[int, int]:
@@ -52,10 +102,10 @@ def _widths(model: PreTrainedModel, layers: nn.ModuleList, parameters: int) -> t
     config = model.config.get_text_config()
     try:
         attention, mlp = layers[0].self_attn, layers[0].mlp
-        group = sum(count_parameters(getattr(attention, f"{name}_proj")) for name in "qkvo")
-        group //= config.num_key_value_heads
-        neuron = sum(count_parameters(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
-        neuron //= config.intermediate_size
+        group = sum(count_parameters(getattr(attention, f"{name}_proj")) for name in "qkv")
+        group = (group + attention.o_proj.weight.numel()) // config.num_key_value_heads  # its bias stays whole
+        neuron = sum(count_parameters(getattr(mlp, f"{name}_proj")) for name in ("gate", "up"))
+        neuron = (neuron + mlp.down_proj.weight.numel()) // config.intermediate_size
     except AttributeError as error:
         raise NotSupported(f"{type(layers[0]).__name__} has other parts than Llama's layers ({error})") from error
     fixed = count_parameters(model) - count_parameters(layers)
