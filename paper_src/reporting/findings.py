@@ -86,6 +86,23 @@ class Finding:
         value = self.value / self.n if self.n else NAN
         return Finding(self.name, value, NAN, NAN, "share", self.n, self.source, f"{self:of}", self.test, self.p)
 
+    @property
+    def p_value(self) -> "Finding":
+        """Its p-value, which a rule may ask for."""
+        text = f"p = {self.p:.2g}" if self.p == self.p else "p -"
+        return Finding(self.name, self.p, NAN, NAN, "p", self.n, self.source, text, self.test, self.p)
+
+    @property
+    def tested(self) -> str:
+        """Test, n and p in words; an interval without a test is of a table of an earlier commit."""
+        test = self.test or ("percentile bootstrap" if self.lo == self.lo else "count" if self.unit == "share" else "")
+        parts = [
+            test,
+            f"n = {self.n:,.0f}" if self.n == self.n else "",
+            f"p = {self.p:.2g}" if self.p == self.p else "",
+        ]
+        return ", ".join(filter(None, parts))
+
     def __str__(self) -> str:
         return format(self, "")
 
@@ -117,7 +134,7 @@ def load(read: Read, folder: str = "") -> dict[str, Finding]:
             frame = read(f"{folder}t{section}_findings")
         except (InputError, FileNotFoundError):  # a section that was not run
             continue
-        frame = frame.reindex(columns=COLUMNS)  # of an earlier commit: without test and p
+        frame = frame.reindex(columns=COLUMNS).astype({"n": float})  # of an earlier commit: without test and p
         frame = frame.fillna({"text": "", "unit": "", "test": ""})
         found |= {row["name"]: Finding(**row) for row in frame.to_dict("records")}
     return found

@@ -25,6 +25,7 @@ from paper_src.stats import interval, paired_ratio_interval
 
 KEY = ["method", "body", "train_on"]  # names a row of one data set
 FULL = ("trained", "full", "sample")  # speedups are over this row
+PAIRED = "paired bootstrap over users"
 SHARES = {"share_of_full": ("share_lo", "share_hi"), "over_no_layers": ("over_no_layers_lo", "over_no_layers_hi")}
 
 
@@ -94,7 +95,7 @@ class Contest:
         seconds, rows = timing.interleaved(list(self.scorers), timed, rounds), []
         for key, own in seconds.items():
             compared = FULL in seconds and key != FULL
-            ratio = timing.ratio_interval(np.divide(seconds[FULL], own), self.trial.training.seed) if compared else {}
+            ratio = timing.ratio_interval(np.divide(seconds[FULL], own)) if compared else {}
             rows.append(dict(zip(KEY, key, strict=True)) | {"users_per_s": len(histories) / np.median(own), **ratio})
         return pd.DataFrame(rows)
 
@@ -212,7 +213,7 @@ def t6_findings(read: Read) -> pd.DataFrame:
                       n=best["n_users"])  # fmt: skip
         for column, ends_of in (("share_of_full", "share"), ("over_no_layers", "over_no_layers")):
             found.add(source, f"{column}_{name}", best[column], best[f"{ends_of}_lo"], best[f"{ends_of}_hi"],
-                      unit="NDCG@10 ratio, same users", n=best["n_users"])  # fmt: skip
+                      unit="NDCG@10 ratio, same users", n=best["n_users"], test=PAIRED)  # fmt: skip
         found.add(source, f"speedup_{name}", *ends(best, "speedup"), unit="times")
     if rows:
         _least(found, pd.DataFrame(rows.values()), ", ".join(f"t6_{name}" for name in rows))
@@ -224,4 +225,5 @@ def _least(found: Findings, best: pd.DataFrame, source: str) -> None:
     columns = {"share_of_full": ("share_of_full", "share_lo", "share_hi"), "lead_over_popular": ("lead",),
                "over_no_layers": ("over_no_layers", "over_no_layers_lo", "over_no_layers_hi")}  # fmt: skip
     for name, parts in columns.items():
-        found.add(source, f"{name}_least", *best[list(parts)].min(), n=len(best), unit="least over data sets")
+        found.add(source, f"{name}_least", *best[list(parts)].min(), n=best["n_users"].min(),
+                  test=PAIRED if len(parts) > 1 else "", unit="least over data sets")  # fmt: skip

@@ -268,9 +268,11 @@ def t5_findings(read: Read) -> pd.DataFrame:
         for name, stage in (("cut", "none"), ("refitted", "closed_form"), ("recovered", "distilled")):
             row = stages.loc[(k, stage)]
             for column, unit in units.items():
-                found.add("t5_recovery", f"{column}_{name}_{role}", *ends(row, column), unit=unit)
+                found.add("t5_recovery", f"{column}_{name}_{role}", *ends(row, column), unit=unit, n=row["n_tokens"],
+                          test="bootstrap over windows, n in tokens" if f"{column}_lo" in row else "")  # fmt: skip
     constant = table[table["selection"] == "trivial"].iloc[0]
-    found.add("t5_recovery", "cosine_constant", *ends(constant, "cosine"), unit="cosine")
+    found.add("t5_recovery", "cosine_constant", *ends(constant, "cosine"), unit="cosine", n=constant["n_tokens"],
+              test="bootstrap over windows, n in tokens")  # fmt: skip
     wide = table[table["selection"] == "distributed"].set_index("recovery")["ppl_ratio"]
     for name, stage in (("cut", "none"), ("refitted", "closed_form")):
         ratio = wide[stage] / stages.loc[(ks.min(), stage), "ppl_ratio"]

@@ -17,16 +17,18 @@ ALL = claims.read_claims()
 PARTS = ("reported", "finding", "rule", "decides")
 
 
-def finding(name, value, lo=NAN, hi=NAN, n=NAN, unit="", text=""):
-    return Finding(name, value, lo, hi, unit, n, "t", text)
+def finding(name, value, lo=NAN, hi=NAN, n=NAN, test="", p=NAN):
+    return Finding(name, value, lo, hi, "", n, "t", "", test, p)
 
 
 KNOWN = {
-    "cosine": finding("cosine", 0.8, 0.75, 0.85),
+    "cosine": finding("cosine", 0.8, 0.75, 0.85, n=64, test="BCa bootstrap over windows", p=0.0001),
     "constant": finding("constant", 0.6, 0.5, 0.76),
+    "chance": finding("chance", 2.0, 0.9, 3.0, n=9, test="sign flips", p=0.25),
     "count": finding("count", 3, n=4),
     "none": finding("none", NAN),
     "threshold": 0.8,
+    "level": 0.05,
 }
 
 
@@ -43,14 +45,35 @@ KNOWN = {
         ("cosine > 0.7 and count.share > 0.75", False, "`count` 3/4 (> 0.75)"),  # the one that decides is told
         ("cosine > threshold and count.share >= 0.75", None, "`cosine` 0.800 [0.750, 0.850] (> 0.8)"),
         ("none > 0", None, "`none` - (> 0)"),
+        ("cosine.p <= level", True, "`cosine` p = 0.0001 (≤ 0.05)"),
+        ("chance.p <= level", False, "`chance` p = 0.25 (≤ 0.05)"),
+        ("constant.p <= level", None, "`constant` p - (≤ 0.05)"),  # no test was made
     ],
 )
 def test_a_rule_decides_where_the_intervals_do(test, holds, words):
-    assert claims.decide(test, KNOWN) == (holds, words)
+    found = claims.decide(test, KNOWN)
+    assert (found.holds, found.words) == (holds, words)
+
+
+@pytest.mark.parametrize(
+    ("test", "tests"),
+    [
+        ("cosine > 0.7", "BCa bootstrap over windows, n = 64, p = 0.0001"),
+        ("cosine.p <= level", "BCa bootstrap over windows, n = 64, p = 0.0001"),
+        ("count.share >= 0.75", "count, n = 4"),
+        ("cosine > 0.7 and count.share >= 0.75", "BCa bootstrap over windows, n = 64, p = 0.0001; count, n = 4"),
+        ("cosine > 0.7 and cosine > 0.6", "BCa bootstrap over windows, n = 64, p = 0.0001"),  # said once
+        ("cosine > 0.7 and count.share > 0.75", "count, n = 4"),  # of the one that decides
+        ("constant < 0.9", "percentile bootstrap"),  # of a table of an earlier commit
+        ("cosine > chance", "BCa bootstrap over windows, n = 64, p = 0.0001; sign flips, n = 9, p = 0.25"),
+    ],
+)
+def test_a_decision_names_test_n_and_p(test, tests):
+    assert claims.decide(test, KNOWN).tests == tests
 
 
 @pytest.mark.parametrize("test", ["cosine", "cosine > missing", "cosine + 1 > 0", "0 < cosine < 1", "cosine == 1",
-                                  "cosine > 1 or count > 1", "__import__('os') > 1"])  # fmt: skip
+                                  "cosine > 1 or count > 1", "cosine.lo > 1", "__import__('os') > 1"])  # fmt: skip
 def test_a_rule_is_nothing_but_comparisons(test):
     with pytest.raises(InputError, match="rule"):
         claims.decide(test, KNOWN)
@@ -59,11 +82,56 @@ def test_a_rule_is_nothing_but_comparisons(test):
 def test_verdicts_of_one_claim():
     words = {"en": "", "zh": ""}
     claim = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > threshold", 0.7)
-    assert claims.judge(claim, KNOWN)[0] == "reproduced"
+    assert claims.judge(claim, KNOWN)[::2] == ("reproduced", "BCa bootstrap over windows, n = 64, p = 0.0001")
     needs = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > threshold", 0.7, "count.share >= 1")
-    assert claims.judge(needs, KNOWN) == ("undetermined", "`count` 3/4 (≥ 1)")
-    assert claims.judge(claim, {}) == ("not testable", "`cosine` -")
-    assert claims.judge(claims.Claim("a", "cost", "not testable", words, words, words), KNOWN) == ("not testable", "")
+    assert claims.judge(needs, KNOWN) == ("undetermined", "`count` 3/4 (≥ 1)", "count, n = 4")
+    assert claims.judge(claim, {}) == ("not testable", "`cosine` -", "")
+    nothing = claims.Claim("a", "cost", "not testable", words, words, words)
+    assert claims.judge(nothing, KNOWN) == ("not testable", "", "")
+
+
+def test_a_difference_that_chance_can_make_decides_nothing():
+    words = {"en": "", "zh": ""}
+    rules = ("cosine > threshold", 0.7, "chance.p <= level")
+    claim = claims.Claim("a", "cost", "reproduced", words, words, words, *rules)
+    assert claims.judge(claim, KNOWN) == ("undetermined", "`chance` p = 0.25 (≤ 0.05)", "sign flips, n = 9, p = 0.25")
+    assert claim.uses() == {"cosine", "chance"}
+
+
+@pytest.mark.parametrize(
+    ("larger", "place"),
+    [
+        ({"cosine": KNOWN["cosine"], "count": KNOWN["count"]}, "long/"),
+        ({"cosine": KNOWN["cosine"]}, ""),  # it cannot fill the sentence
+        ({"cosine": finding("cosine", 0.9, 0.8, 1.0), "count": KNOWN["count"]}, ""),  # of a commit without tests
+        ({}, ""),
+    ],
+    ids=["whole", "a finding is missing", "no test", "none"],
+)
+def test_the_best_run_decides_where_it_has_all_and_names_its_tests(larger, place):
+    words = {"en": "{count:of}", "zh": "{count:of}"}
+    claim = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > 0", folder="best")
+    assert claim.place({"": KNOWN, "long/": larger, "gpu/": {}}) == place
+
+
+def doctored(tmp_path, name, **columns):
+    """Function that reads the committed tables, but ``name`` of t1_findings with other columns."""
+    frame = pd.read_csv(ROOT / "tables" / "t1_findings.csv")
+    for column, value in columns.items():
+        frame.loc[frame["name"] == name, column] = value
+    frame.to_csv(tmp_path / "t1_findings.csv", index=False)
+
+    def read(table):
+        place = tmp_path / f"{table}.csv"
+        return pd.read_csv(place if place.is_file() else ROOT / "tables" / f"{table}.csv")
+
+    return read
+
+
+def test_a_verdict_that_flips_is_named_with_what_was_expected_and_found(tmp_path):
+    read = doctored(tmp_path, "pattern_fisher", value=1)
+    (said,) = [each for each in claims.flipped(claims.t9_claims(read)) if each.startswith("pattern-by-gradients:")]
+    assert said == "pattern-by-gradients: expected reproduced, found not reproduced: `pattern_fisher` 1/9 (≥ 0.8)"
 
 
 def test_the_threshold_may_be_a_reported_value():
@@ -117,7 +185,8 @@ def test_a_missing_section_is_said_and_nothing_else_breaks():
     assert set(table["verdict"]) == {"not testable"}
     for language in summary.TEMPLATES:
         assert summary.summary(read, table, language).startswith("# ")
-    assert claims.flipped(table) == table.loc[table["expected"] != "not testable", "name"].tolist()
+    names = [said.partition(":")[0] for said in claims.flipped(table)]
+    assert names == table.loc[table["expected"] != "not testable", "name"].tolist()
 
 
 def test_reporting_needs_neither_torch_nor_the_method():
@@ -130,6 +199,6 @@ def test_reporting_needs_neither_torch_nor_the_method():
 
 def test_cells_stay_short(tmp_path):
     found = claims.t9_claims(lambda name: pd.read_csv(ROOT / "tables" / f"{name}.csv"))
-    for part in ("reported", "finding", "rule", "decides", "decided_by"):
+    for part in ("reported", "finding", "rule", "decides", "decided_by", "by_test"):
         lengths = found[part].str.split().str.len()
         assert lengths.max() <= 25, found.loc[lengths.idxmax(), "name"]
