@@ -8,7 +8,7 @@ from pathlib import Path
 from paper_src.support.files import replacing
 
 OURS = re.compile(r"([tf]\d+|\d\d)_\w+\.\w+")  # tables, figures, provenance: nothing else is copied
-LARGER = re.compile(r"([tf]|0)[567]_\w+\.\w+")  # sections 5 to 7, whose budgets are larger in the profile ``long``
+LARGER = re.compile(r"([tf]|0)[1-7]_\w+\.\w+")  # what the profile ``long`` gives larger budgets
 
 
 def summary(results: Path, since: float) -> str:
@@ -31,7 +31,7 @@ def summary(results: Path, since: float) -> str:
 def publish(results: Path, target: Path = Path()) -> None:
     """Copy tables, figures and summary of ``results`` to the top of the repository, each file whole.
 
-    Of a run of the profile ``long``, its sections 5 to 7 alone, and to ``tables/long`` and ``figures/long``.
+    Of a run of the profile ``long``, its sections 1 to 7 alone, and to ``tables/long`` and ``figures/long``.
     """
     larger = results.name == "long"
     for folder in ("tables", "figures"):
