@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from captum.attr import ShapleyValueSampling
+from scipy.stats import kendalltau
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -103,7 +104,7 @@ class Evaluator:
     @contextmanager
     def counting(self, cost: Cost) -> Iterator[None]:
         """Add to ``cost`` what is asked of this evaluator inside the ``with``, when that ends."""
-        self._asked = set()
+        outer, self._asked = self._asked, set()
         try:
             yield
         finally:
@@ -111,6 +112,7 @@ class Evaluator:
             cost.evaluations += len(known)
             cost.forward_tokens += round(sum(each.layer_runs for each in known) * self.tokens / self.depth)
             cost.seconds += sum(each.seconds for each in known)
+            self._asked |= outer  # one count inside another: each subset is in both, once
 
     def _evaluate(self, subsets: Sequence[KeptLayers]) -> None:
         """Evaluate subsets that are in lexicographic order."""
@@ -185,10 +187,15 @@ class ShapleyValues:
         """Largest standard error over the layers as a share of the largest value, first metric."""
         return float(self.standard_error[:, 0].max() / np.abs(self.mean[:, 0]).max())
 
+    def half_split_tau(self) -> float:
+        """Kendall's tau between the rankings from even and odd groups, first metric."""
+        return float(kendalltau(*(self.groups[start::2, :, 0].mean(axis=0) for start in (0, 1))).statistic)
+
 
 def shapley(
-    evaluators: Iterable[Evaluator], target: float = 0.05, seed: int = 0, least: int = 4, processes: Processes = ALONE
-) -> ShapleyValues:
+    evaluators: Iterable[Evaluator], target: float = 0.05, seed: int = 0, least: int = 4, processes: Processes = ALONE,
+    halves: float = 0.0,
+) -> ShapleyValues:  # fmt: skip
     """Shapley values of the layers in the game v(S) = -metric(S), by sampled permutations.
 
     Each evaluator gives one group: a random permutation, cyclic shifts of it that spread every layer evenly over the
@@ -199,6 +206,7 @@ def shapley(
         evaluators: one a group, all of one depth and one list of metrics.
         target: stop once the largest standard error is below this share of the largest value, after ``least`` groups.
         processes: who shares the groups; each gives its own evaluators, and all get the values of one process.
+        halves: do not stop before :meth:`ShapleyValues.half_split_tau` is at least this; 0 asks for nothing.
 
     Raises:
         InputError: fewer than two evaluators, or values that do not sum to v(all) - v(none).
@@ -210,7 +218,8 @@ def shapley(
             groups.append(group)
             values, gaps, coalitions = zip(*groups, strict=True)
             result = ShapleyValues(np.stack(values), np.max(gaps, axis=0), np.concatenate(coalitions))
-            if len(groups) >= max(least, 2) and result.relative_error() < target:
+            enough = len(groups) >= max(least, 2) and result.relative_error() < target
+            if enough and (not halves or result.half_split_tau() >= halves):
                 break
     if len(groups) < 2:
         raise InputError("Shapley values from fewer than 2 groups have no standard error: give more evaluators")

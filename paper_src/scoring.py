@@ -246,6 +246,7 @@ class Calibration:
     loo_windows: int = 12  # windows for leave-one-out, two a group
     scored: int | None = None  # tokens at the end of a window that enter the Shapley values' loss
     target: float = 0.05  # standard error, as a share of the largest value, at which Shapley sampling stops
+    halves: float = 0.0  # and Kendall's tau between the rankings from the halves of its groups is this; 0: any
     seed: int = 0  # of drawn labels and permutations
     progress: Callable[[Iterable, str], Iterable] = lambda items, what: items
     store: Store | None = None  # keeps evaluations on disk
@@ -263,7 +264,7 @@ class Calibration:
         groups = self.progress(self.windows.split(1), "Shapley")
         metrics = ["nll_capped_nats", "nll_nats"]
         evaluators = coalitions.on_each(self.model, groups, cost, metrics=metrics, scored=self.scored, store=self.store)
-        return coalitions.shapley(evaluators, self.target, seed=self.seed), cost
+        return coalitions.shapley(evaluators, self.target, seed=self.seed, halves=self.halves), cost
 
 
 Measured = tuple[dict[str, Tensor], Cost]  # name -> (N, L) float64; seconds of 0 are for the caller to measure
@@ -339,7 +340,8 @@ SCORES = {
     "activation_kurtosis": Score("kurtosis", "activation", REPORT, one_pass),
     "activation_kurtosis_no_sink": Score("kurtosis, no sinks", "activation", NO_SINK, one_pass),
     "leave_one_out": Score("leave-one-out", "removal", f"{SHORTENED_LLAMA}, section 3.1", leave_one_out),
-    "shapley": Score("Shapley", "removal", "Castro et al. 2009, doi:10.1016/j.cor.2008.04.004", shapley),
+    "shapley": Score("Shapley", "removal", "Castro et al. 2009, doi:10.1016/j.cor.2008.04.004; of layers: "
+                     "Zhang et al. 2024, arXiv:2409.14381", shapley),
     "combined": Score(
         "combined", "combined", "ours: the earlier report gives no formula", combined_score,
         made_of=("fisher", "grad_norm", "activation_variance"),

@@ -5,9 +5,9 @@ over the entries, and set random selections beside each.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
 from random import Random
 from typing import Protocol
 
@@ -37,6 +37,7 @@ class Search:
     looks: Sequence[Evaluator]  # on more and more calibration text: a first look, what published searches see, all
     survivors: int = 6  # candidates that get from the first look to the last
     evolution: dict[str, int] = field(default_factory=dict)  # generations, offspring, initial, seed of evopress
+    fresh: Callable[[], Iterator[Stages]] | None = None  # looks at other text for each generation; where asked for
     found: dict[str, KeptLayers] = field(default_factory=dict)  # strategy -> kept layers, at the same k
 
     @property
@@ -57,8 +58,9 @@ class Strategy:
     function: Callable[..., KeptLayers]  # of what it needs and k
     title: str  # in figures
     kind: str  # score: of any; published: of what the paper says; rule: no score; search: asks the model
-    needs: str  # score (L,), the name of one, angular (L+1, L+1), depth, or search (a Search)
+    needs: str  # score (L,), the name of one, angular (L+1, L+1), depth, search (a Search), fresh (one with that)
     source: str
+    builds_on: bool = False  # a search that starts from what those before it found: their cost is its own too
 
 
 def of_kind(*kinds: str) -> dict[str, Strategy]:
@@ -199,24 +201,34 @@ def swap_refinement(stages: Stages, kept: Sequence[int]) -> KeptLayers:
 
 
 def evopress(
-    stages: Stages, k: int, generations: int = 20, offspring: int = 32, initial: int = 64, seed: int = 0
-) -> KeptLayers:
+    stages: Stages, k: int, generations: int = 20, offspring: int = 32, initial: int = 64, seed: int = 0,
+    fresh: Iterable[Stages] | None = None,
+) -> KeptLayers:  # fmt: skip
     """Evolutionary search at fixed k (algorithm 1 of the paper, "level switch").
 
     The best of ``initial`` random subsets becomes the parent. Each generation makes ``offspring`` copies with
     min(U{1..3}, U{1..3}) swaps of a kept for a dropped layer, and selects in stages; the parent takes part in the
-    last. The paper takes 2 and 1 survivors, the KL divergence to the full model and hundreds of ``generations``; for
-    whole layers its figures hardly move after a few tens.
+    last. With ``fresh``, each generation has looks of its own (the released code draws other text for each).
     """
     depth = stages[0][0].depth
     _check_k(k, depth)
     generator = Random(seed)
     subsets = {tuple(sorted(generator.sample(range(depth), k))) for _ in range(initial)}
     parent = _best(stages[0][0], sorted(subsets), 1)[0]
-    for _ in range(generations):
+    for _, looks in zip(range(generations), fresh or repeat(stages), strict=False):
         children = {_mutated(parent, depth, generator) for _ in range(offspring)} - {parent}
-        parent = _survivors(stages, sorted(children), parent)[0]
+        parent = _survivors(looks, sorted(children), parent)[0]
     return parent
+
+
+def evopress_paper(search: Search, k: int) -> KeptLayers:
+    """:func:`evopress` with the budget of the released script: 64 random subsets, k (L - k) / 1.5 generations of 32.
+
+    There the loss is the KL divergence to the full model, on 2,048 tokens and then 32,768, drawn anew each time from
+    131,072; how many ``search.fresh`` gives is the caller's choice.
+    """
+    fresh, depth = search.fresh(), search.looks[0].depth
+    return evopress(next(fresh), k, round(k * (depth - k) / 1.5), seed=search.evolution["seed"], fresh=fresh)
 
 
 def random_draws(depth: int, k: int, count: int, seed: int) -> list[KeptLayers]:
@@ -274,6 +286,7 @@ def _check_k(k: int, depth: int) -> None:
 
 SHORTENED_LLAMA = "Kim et al. 2024, arXiv:2402.02834, section 3.1"
 GROMOV = "Gromov et al. 2024, arXiv:2403.17887, section 3"
+EVOPRESS = "Sieberling et al. 2024, arXiv:2410.14649"
 STRATEGIES = {
     "top_k": Strategy(top_k, "top k", "score", "score", "the earlier report"),
     "distributed": Strategy(distributed, "distributed", "score", "score", "the earlier report"),
@@ -288,9 +301,10 @@ STRATEGIES = {
                      "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"),
     "evopress": Strategy(
         lambda search, k: evopress([(search.looks[0], 2), (search.looks[1], 1)], k, **search.evolution),
-        "EvoPress", "search", "search", "Sieberling et al. 2024, arXiv:2410.14649"),
+        "EvoPress", "search", "search", f"{EVOPRESS}, with a smaller budget"),
     "staged": Strategy(lambda search, k: beam_search(search.stages, k),
                        "staged removal", "search", "search", "ours: greedy removal that spends most text on the best"),
     "swap": Strategy(lambda search, k: swap_refinement(search.stages, search.best),
-                     "swaps", "search", "search", "ours: improves the best of the searches before it")
+                     "swaps", "search", "search", "ours: improves the best of the searches before it", builds_on=True),
+    "evopress_paper": Strategy(evopress_paper, "EvoPress, its budget", "search", "fresh", EVOPRESS),
 }  # fmt: skip

@@ -1,23 +1,22 @@
-"""Section 1: what the scores say of each layer, whether they have converged, and what a layer is worth."""
+"""Section 1: what the scores say of each layer, and whether they have converged; what a layer is worth is in worth."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import kendalltau
 
-from paper_src.coalitions import Cost, ShapleyValues
+from paper_src.coalitions import Cost
 from paper_src.reporting import reported
 from paper_src.reporting.findings import Findings, Read, ends
-from paper_src.reporting.style import BLUE, RED, STYLE
+from paper_src.reporting.style import BLUE, STYLE
 from paper_src.scoring import SCORES, LayerScores, pass_name, title
-
-CAUSAL = ("leave_one_out", "shapley")  # what a layer is worth, by leaving it out
+from paper_src.sections.worth import CAUSAL, redrawn_score, tau_of, taus
 
 
 def t1_importance(scores: LayerScores) -> pd.DataFrame:
@@ -53,62 +52,24 @@ def t1_agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200
     The 95% intervals of the pairs are percentile bootstraps: the rows are drawn anew, for scores that share them
     together. Redrawing adds to a score's noise, so that the interval of a tau between noisy scores can lie below it.
     """
-    redrawn = {name: _redrawn(scores, name, draws, seed) for name in SCORES}
+    redrawn = {name: redrawn_score(scores, name, draws, seed) for name in SCORES}
     rows = []
     for a in SCORES:
         for b in SCORES:
-            row = {"score_a": a, "score_b": b}
+            row = {"score_a": a, "score_b": b, "n": min(scores.rows(a), scores.rows(b))}
             if a == b:
                 row["kendall_tau"] = scores.half_split_tau(a)
             else:
                 row["kendall_tau"] = float(kendalltau(importance[a], importance[b]).statistic)
-                interval = np.quantile(_taus(redrawn[a], redrawn[b]), [0.025, 0.975])
+                interval = np.quantile(taus(redrawn[a], redrawn[b]), [0.025, 0.975])
                 row["kendall_tau_lo"], row["kendall_tau_hi"] = interval
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _redrawn(scores: LayerScores, name: str, draws: int, seed: int) -> np.ndarray:
-    """(draws, L) means over bootstrap samples of a score's rows."""
-    count = scores.rows(name)
-    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
-    return np.stack([scores.mean(name, pick).numpy() for pick in picks])
-
-
-def _taus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(D,) Kendall's tau-b of each row of a (D, L) with that of b, all at once; a test holds it equal to scipy's."""
-    first, second = np.triu_indices(a.shape[1], 1)
-    orders = [np.sign(values[:, first] - values[:, second]) for values in (a, b)]  # (D, L (L - 1) / 2)
-    untied = [np.square(order).sum(axis=1) for order in orders]
-    return (orders[0] * orders[1]).sum(axis=1) / np.sqrt(untied[0] * untied[1])
-
-
 def t1_cost(costs: dict[Callable, Cost]) -> pd.DataFrame:
     """What each pass cost; ``one pass`` gives every score that is not named."""
     return pd.DataFrame([{"scores": pass_name(measure), **vars(cost)} for measure, cost in costs.items()])
-
-
-def t1_causal(scores: LayerScores, values: ShapleyValues) -> pd.DataFrame:
-    """Leave-one-out and Shapley values of each layer, the latter with and without the cap of the loss."""
-    leave_one_out = scores.per_sequence["leave_one_out"].numpy().mean(axis=0)
-    columns = {"layer": range(len(leave_one_out)), "leave_one_out": leave_one_out}
-    for index, name in enumerate(("shapley", "shapley_uncapped")):
-        columns[name] = values.mean[:, index]
-        columns[f"{name}_se"] = values.standard_error[:, index]
-    return pd.DataFrame(columns)
-
-
-def t1_saturation(values: ShapleyValues) -> pd.DataFrame:
-    """Loss of the coalitions of each size that the Shapley values rest on, with and without the cap."""
-    frame = pd.DataFrame(values.coalitions, columns=["layers", "nll_capped_nats", "nll_nats"]).astype({"layers": int})
-    rows = []
-    for layers, part in frame.groupby("layers"):
-        low, middle, high = np.quantile(part["nll_nats"], [0.1, 0.5, 0.9])
-        rows.append({
-            "layers": layers, "n": len(part), "nll_nats_p10": low, "nll_nats_median": middle, "nll_nats_p90": high,
-            "nll_capped_nats_median": part["nll_capped_nats"].median(),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def f1_importance(importance: pd.DataFrame) -> Figure:
@@ -165,98 +126,71 @@ def f1_agreement(agreement: pd.DataFrame) -> Figure:
     return figure
 
 
-def f1_causal(importance: pd.DataFrame, agreement: pd.DataFrame, scores: Sequence[str]) -> Figure:
-    """Do cheap scores say what a layer is worth? A dot a layer, the four that are worth most numbered; bars: standard
-    errors; tau: Kendall's, with its 95% bootstrap interval over sequences.
+def _unit(values: pd.Series) -> pd.Series:
+    return (values - values.min()) / (values.max() - values.min())
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One way to combine Fisher information, gradient norm and an activation statistic to one score."""
+
+    words: str
+    function: Callable[[pd.DataFrame], pd.Series]  # of the three columns, all positive
+    statistic: str = "activation_variance"
+
+
+def _mean_of_logs(parts: pd.DataFrame) -> pd.Series:
+    return np.log(parts).apply(_unit).mean(axis=1)
+
+
+FORMULAS = {
+    "log_min_max": Formula("mean of the logarithms, each scaled to [0, 1]; `combined`", _mean_of_logs),
+    "min_max": Formula("mean of the values, each scaled to [0, 1]", lambda parts: parts.apply(_unit).mean(axis=1)),
+    "z_score": Formula("mean of the values, each less its mean, over its standard deviation",
+                       lambda parts: ((parts - parts.mean()) / parts.std()).mean(axis=1)),
+    "ranks": Formula("mean of the ranks", lambda parts: parts.rank().mean(axis=1)),
+    "product": Formula("product of the values", lambda parts: np.log(parts).sum(axis=1)),
+    "largest": Formula("largest of the values, each scaled to [0, 1]", lambda parts: parts.apply(_unit).max(axis=1)),
+    "log_min_max_mean_abs": Formula("as the first, with mean size of activation", _mean_of_logs, "activation_mean_abs"),
+    "log_min_max_kurtosis": Formula("as the first, with the kurtosis", _mean_of_logs, "activation_kurtosis"),
+}  # fmt: skip
+
+
+def reported_pattern(depth: int) -> set[int]:
+    """The earlier report's ten best layers, carried over to ``depth`` layers."""
+    return set(reported.at_depth(tuple(reported.TOP10), depth))
+
+
+def t1_combined(importance: pd.DataFrame) -> pd.DataFrame:
+    """The combined score under each of ``FORMULAS``: how many of its best layers are in the reported pattern, and its
+    Kendall tau with what a layer is worth.
 
     Args:
         importance: t1_importance.
-        agreement: t1_agreement.
-        scores: the columns.
     """
-    taus = agreement.set_index(["score_a", "score_b"])
-    with matplotlib.rc_context(STYLE):
-        size = (2.5 * len(scores), 2.6 * len(CAUSAL))
-        figure, axes = plt.subplots(len(CAUSAL), len(scores), figsize=size, sharex="col", sharey="row", squeeze=False)
-        for row, causal in zip(axes, CAUSAL, strict=True):
-            for axis, score in zip(row, scores, strict=True):
-                _against(axis, importance, score, causal)
-                tau = taus.loc[(score, causal)]
-                low, high = tau["kendall_tau_lo"], tau["kendall_tau_hi"]
-                axis.set_title(f"tau {tau['kendall_tau']:.2f} [{low:.2f}, {high:.2f}]", weight="normal")
-            row[0].set_ylabel(f"{title(causal)}, nats/token")
-        for axis, score in zip(axes[-1], scores, strict=True):
-            axis.set_xlabel(title(score))
-    plt.close(figure)
-    return figure
-
-
-def _against(axis: Axes, importance: pd.DataFrame, score: str, causal: str) -> None:
-    """One panel of :func:`f1_causal`; all share one kind of axes."""
-    error = {"xerr": importance[f"{score}_se"], "yerr": importance[f"{causal}_se"]}
-    style = {"ls": "", "marker": "o", "ms": 3, "color": BLUE, "elinewidth": 0.6}
-    axis.errorbar(importance[score], importance[causal], **error, **style)
-    best = importance.nlargest(4, causal).sort_values(score)
-    for place, row in enumerate(best.to_dict("records")):  # the first number on the other side: neighbours do not meet
-        side = {"xytext": (4, 3), "ha": "left"} if place else {"xytext": (-4, 3), "ha": "right"}
-        axis.annotate(f"{row['layer']:.0f}", (row[score], row[causal]), textcoords="offset points", size=7, **side)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_yscale("symlog", linthresh=0.1)
-
-
-def f1_saturation(coalitions: pd.DataFrame, causal: pd.DataFrame, cap: float) -> Figure:
-    """Why the loss is capped. Left: what random coalitions of each size lose (median; band: 10% to 90% of them).
-    Right: Shapley values with and without the cap, as a share of the largest (bars: standard error over groups of
-    permutations, each on a text window of its own).
-
-    Args:
-        coalitions: t1_saturation.
-        causal: t1_causal.
-        cap: log V, nats.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-        rows = coalitions[coalitions["layers"] > 0]
-        left.fill_between(rows["layers"], rows["nll_nats_p10"], rows["nll_nats_p90"], color=RED, alpha=0.2, lw=0)
-        left.plot(rows["layers"], rows["nll_nats_median"], color=RED, label="uncapped")
-        left.plot(rows["layers"], rows["nll_capped_nats_median"], color=BLUE, label="each token capped")
-        left.axhline(cap, color="black", ls="--", lw=1, label="uniform guess, log V")
-        left.set_xlabel("layers in the coalition")
-        left.set_ylabel("nats/token")
-        none = coalitions.loc[coalitions["layers"] == 0, "nll_nats_median"].item()
-        left.set_title(f"Loss of {coalitions['n'].sum():,} coalitions (without any layer: {none:.0f} nats)")
-        left.legend()
-        bars = (("shapley", BLUE, -0.2, "capped"), ("shapley_uncapped", RED, 0.2, "uncapped"))
-        for name, colour, shift, label in bars:
-            scale = causal[name].abs().max()
-            right.bar(causal["layer"] + shift, causal[name] / scale, yerr=causal[f"{name}_se"] / scale, width=0.4,
-                      color=colour, error_kw={"elinewidth": 0.7}, label=label)  # fmt: skip
-        right.set_xlabel("layer")
-        right.set_ylabel("Shapley value / largest")
-        right.set_title("Shapley values")
-        right.legend()
-    plt.close(figure)
-    return figure
+    pattern, rows = reported_pattern(len(importance)), []
+    for name, formula in FORMULAS.items():
+        score = formula.function(importance[["fisher", "grad_norm", formula.statistic]])
+        best = score.nlargest(len(pattern)).index
+        row = {"formula": name, "words": formula.words, "statistic": formula.statistic,
+               "pattern": len(pattern & {*best}), "n": len(pattern)}  # fmt: skip
+        row |= {f"tau_{causal}": kendalltau(score, importance[causal]).statistic for causal in CAUSAL}
+        rows.append({**row, "layers": " ".join(map(str, best))})
+    return pd.DataFrame(rows)
 
 
 CONVERGED = 0.9  # Kendall's tau between halves of the text; below it layers of similar score change places
+TAU = {"unit": "Kendall's tau"}
+BY_ROWS = {**TAU, "test": "percentile bootstrap over sequences"}
 
 
-def t1_findings(read: Read) -> pd.DataFrame:
+def t1_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     """t1_findings: how much of the reported pattern each score finds, how far it agrees with a layer's worth."""
     importance, causal, found = read("t1_importance"), read("t1_causal"), Findings()
     depth = len(importance)
-    pattern = set(reported.at_depth(tuple(reported.TOP10), depth))
     found.add("t1_importance", "layers", depth)
-    found.add("t1_importance", "pattern_by_chance", len(pattern) ** 2 / depth, n=len(pattern), unit="layers")
     names = [name for name in SCORES if name in importance]
-    for score in names:
-        best = importance.nlargest(len(pattern), score)["layer"].tolist()
-        found.add("t1_importance", f"pattern_{score}", len(pattern & set(best)), n=len(pattern), unit="layers",
-                  text=", ".join(map(str, best)))  # fmt: skip
+    _patterns(found, read, importance, names)
     ranks = importance["combined"].rank(ascending=False)
     found.add("t1_importance", "rank_of_first_layer", ranks.iloc[0], n=depth, unit="rank by the combined score")
     found.add("t1_importance", "rank_of_last_layer", ranks.iloc[-1], n=depth, unit="rank by the combined score")
@@ -264,29 +198,72 @@ def t1_findings(read: Read) -> pd.DataFrame:
     found.add("t1_importance", "leave_one_out_median", least.median(), unit="nats/token", n=depth)
     found.add("t1_importance", "leave_one_out_least", least.min(), unit="nats/token", text=str(least.idxmin()))
     found.add("t1_saturation", "coalitions", read("t1_saturation")["n"].sum(), unit="coalitions")
+    found.add("t1_cost", "shapley_tokens", read("t1_cost").set_index("scores").loc["shapley", "forward_tokens"],
+              unit="tokens through the full model")  # fmt: skip
     for name in ("shapley", "shapley_uncapped"):
         error = causal[f"{name}_se"].max() / causal[name].abs().max()
         found.add("t1_causal", f"{name}_error", error, unit="largest standard error / largest value")
-    _agreement(found, read("t1_agreement").set_index(["score_a", "score_b"]), names)
+    _agreement(found, read("t1_agreement").set_index(["score_a", "score_b"]), read("t1_rows"), names, seed)
+    _repaired(found, read("t1_repaired"), read("t1_predicts").set_index("score"))
     return found.frame()
 
 
-def _agreement(found: Findings, taus: pd.DataFrame, names: Sequence[str]) -> None:
+def _patterns(found: Findings, read: Read, importance: pd.DataFrame, names: Sequence[str]) -> None:
+    """Adds how many of the reported layers are among the best by each score, and by each combined one."""
+    pattern, formulas = reported_pattern(len(importance)), read("t1_combined")
+    worth = {**importance[list(names)], "shapley_uncapped": read("t1_causal")["shapley_uncapped"],
+             "repaired": read("t1_repaired")["repaired_nats"]}  # fmt: skip
+    size, chance = len(pattern), len(pattern) ** 2 / len(importance)
+    found.add("t1_importance", "pattern_by_chance", chance, n=size, unit="layers", test="count")
+    for score, values in worth.items():
+        best = values.nlargest(size).index
+        source = {"shapley_uncapped": "t1_causal", "repaired": "t1_repaired"}.get(score, "t1_importance")
+        found.add(source, f"pattern_{score}", len(pattern & {*best}), n=size, unit="layers", test="count",
+                  text=", ".join(map(str, best)))  # fmt: skip
+    for end, place in (("least", formulas["pattern"].idxmin()), ("most", formulas["pattern"].idxmax())):
+        row = formulas.loc[place]
+        found.add("t1_combined", f"pattern_combined_{end}", row["pattern"], n=size, unit="layers", test="count",
+                  text=row["formula"])  # fmt: skip
+    found.add("t1_combined", "pattern_combined_formulas", len(formulas), n=len(formulas), unit="formulas")
+
+
+def _agreement(found: Findings, table: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str], seed: int) -> None:
     """Adds Kendall's tau of each score between halves of the text, and with what removing layers says."""
-    halves = pd.Series({name: taus.loc[(name, name), "kendall_tau"] for name in names})
+    halves = pd.Series({name: table.loc[(name, name), "kendall_tau"] for name in names})
     for name, tau in halves.items():
-        found.add("t1_agreement", f"halves_tau_{name}", tau, unit="Kendall's tau")
+        found.add("t1_agreement", f"halves_tau_{name}", tau, **TAU)
     found.add("t1_agreement", "scores_converged", (halves >= CONVERGED).sum(), n=len(halves),
               unit="scores whose tau between halves is at least that of the text", text=str(CONVERGED))  # fmt: skip
-    cheap = [name for name in names if name not in CAUSAL]
+    counts, cheap = rows["score"].value_counts(), [name for name in names if name not in CAUSAL]
+
+    def add(name: str, first: str, second: str, text: str = "") -> None:
+        if first in counts and second in counts:  # from their rows, with this seed
+            n = min(counts[first], counts[second])
+            found.add("t1_rows", name, *tau_of(rows, first, second, seed), **BY_ROWS, n=n, text=text)
+        else:
+            row = table.loc[(first, second)]
+            found.add("t1_agreement", name, *ends(row, "kendall_tau"), **BY_ROWS, n=row["n"], text=text)
+
+    nearest = max(cheap, key=lambda name: table.loc[(name, "leave_one_out"), "kendall_tau"])
     for causal in CAUSAL:
         for name in cheap:
-            found.add("t1_agreement", f"tau_{causal}_{name}", *ends(taus.loc[(name, causal)], "kendall_tau"),
-                      unit="Kendall's tau")  # fmt: skip
-    nearest = max(cheap, key=lambda name: taus.loc[(name, "leave_one_out"), "kendall_tau"])
-    for causal in CAUSAL:
-        row = taus.loc[(nearest, causal)]
-        found.add("t1_agreement", f"tau_{causal}_nearest", *ends(row, "kendall_tau"), unit="Kendall's tau",
-                  text=nearest)  # fmt: skip
-    row = taus.loc[CAUSAL]
-    found.add("t1_agreement", "tau_leave_one_out_shapley", *ends(row, "kendall_tau"), unit="Kendall's tau")
+            add(f"tau_{causal}_{name}", name, causal)
+        add(f"tau_{causal}_nearest", nearest, causal, nearest)
+    add("tau_leave_one_out_shapley", *CAUSAL)
+    add("tau_shapley_capped_uncapped", "shapley", "shapley_uncapped")
+
+
+def _repaired(found: Findings, repaired: pd.DataFrame, predicts: pd.DataFrame) -> None:
+    """Adds what is left of a layer's worth once a linear map stands in its place, and which score predicts that."""
+    removed, left = repaired["removed_nats"], repaired["repaired_nats"]
+    for name, values in (("removed", removed), ("repaired", left)):
+        found.add("t1_repaired", f"{name}_median", values.median(), unit="nats/token", n=len(values))
+    found.add("t1_repaired", "repaired_share", left.sum() / removed.sum(), n=len(left),
+              unit="loss after the map / loss before, sums over layers")  # fmt: skip
+    found.add("t1_repaired", "tau_removed_repaired", kendalltau(removed, left).statistic, n=len(left), **TAU)
+    for name, row in predicts.iterrows():
+        found.add("t1_predicts", f"tau_repaired_{name}", *ends(row, "tau_repaired"), **BY_ROWS, n=row["n"])
+    for name, among in (("nearest", predicts), ("nearest_cheap", predicts.drop(index=list(CAUSAL)))):
+        row = among.loc[among["tau_repaired"].idxmax()]
+        found.add("t1_predicts", f"tau_repaired_{name}", *ends(row, "tau_repaired"), **BY_ROWS, n=row["n"],
+                  text=row.name)  # fmt: skip

@@ -10,20 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from paper_src import InputError, stats
+from paper_src import InputError
 from paper_src.reporting import reported
 from paper_src.reporting.findings import Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import passes, title
+from paper_src.sections.searches import stability
 from paper_src.selection import STRATEGIES, KeptLayers, kept_text, kept_tuple
 
 COST = ["evaluations", "forward_tokens", "seconds"]
+SEARCH = ["objective", *COST]
 SELECTION = ["strategy", "score", "k", "draw", "kept"]
 
 
 def selections(found: Sequence[dict]) -> pd.DataFrame:
-    """What was found, a row a selection: strategy, score, k, draw, kept and, of a search, what it cost."""
-    frame = pd.DataFrame(found, columns=[*SELECTION, *COST])
+    """What was found, a row a selection: strategy, score, k, draw, kept and, of a search, its loss and what it cost."""
+    frame = pd.DataFrame(found, columns=[*SELECTION, *SEARCH])
     return frame.assign(kept=frame["kept"].map(kept_text), draw=frame["draw"].astype("Int64"))
 
 
@@ -41,11 +43,12 @@ def t2_selection(selected: pd.DataFrame, strategies: pd.DataFrame) -> pd.DataFra
 def t2_strategies(selected: pd.DataFrame, measured: dict, costs: pd.DataFrame, depth: int) -> pd.DataFrame:
     """Perplexity and cosine on validation text of each selection, and what finding it cost.
 
-    ``p_ppl`` is the chance that a random selection of the same k does at least as well; ``chosen`` marks the
-    lowest perplexity at each k. Scores cost what t1_cost says, whatever the number of selections made from them.
+    ``chosen`` marks the lowest perplexity at each k; ``random`` is the mean of ``n_draws`` draws, a look at the
+    control, which section 4 judges in full. Scores cost what t1_cost says, whatever the number of selections made from
+    them; a search that starts from what others found costs what they cost too. ``objective``: the loss it asks for.
 
     Args:
-        selected: rows of :func:`selections`.
+        selected: rows of :func:`selections`, those that were judged.
         measured: from :func:`paper_src.sections.fidelity.measure` on validation text.
         costs: t1_cost.
         depth: number of layers L.
@@ -56,14 +59,14 @@ def t2_strategies(selected: pd.DataFrame, measured: dict, costs: pd.DataFrame, d
     quality = selected[SELECTION].assign(nll_nats=nll, ppl_ratio=np.exp(nll - full), cosine=cosine)
     rows = []
     control = quality[quality["strategy"] == "random"].groupby("k")
-    for row, own in zip(quality.to_dict("records"), selected[COST].to_dict("records"), strict=True):
+    for row, own in zip(quality.to_dict("records"), selected[SEARCH].to_dict("records"), strict=True):
         if row["strategy"] != "random":
-            nll = control.get_group(row["k"])["nll_nats"]
-            p_value = stats.control_p_value(row["nll_nats"], nll, higher_is_better=False)
-            rows.append({**row, "p_ppl": p_value, **_cost(row, own, costs)})
-    for k, means in control[["nll_nats", "cosine"]].mean().iterrows():
-        rows.append({"strategy": "random", "k": k, **means, "ppl_ratio": np.exp(means["nll_nats"] - full)})
-    frame = pd.DataFrame(rows).drop(columns="draw")
+            rows.append({**row, **_cost(row, own, costs)})
+    for k, draws in control:
+        means = draws[["nll_nats", "cosine"]].mean()
+        rows.append({"strategy": "random", "k": k, "n_draws": len(draws), **means,
+                     "ppl_ratio": np.exp(means["nll_nats"] - full)})  # fmt: skip
+    frame = pd.DataFrame(rows).drop(columns="draw").astype({"n_draws": "Int64"})
     best = frame[frame["strategy"] != "random"].groupby("k")["nll_nats"].idxmin()
     return frame.assign(chosen=frame.index.isin(best)).sort_values(["k", "nll_nats"], ignore_index=True)
 
@@ -212,8 +215,10 @@ def f2_strategies(strategies: pd.DataFrame) -> Figure:
     return figure
 
 
-def t2_findings(read: Read) -> pd.DataFrame:
-    """t2_findings: how many of the reported layers are selected here, and what validation text chooses."""
+def t2_findings(read: Read, seed: int = 0) -> pd.DataFrame:
+    """t2_findings: how many of the reported layers are selected here, what validation text chooses, and how far
+    searches repeat. All are counts or read off; nothing is drawn with ``seed``.
+    """
     table, strategies, found = read("t2_selection"), read("t2_strategies"), Findings()
     depth = len(read("t1_importance"))
     expected = set(reported.at_depth(reported.RECOMMENDED, depth))
@@ -224,7 +229,7 @@ def t2_findings(read: Read) -> pd.DataFrame:
     for score in ("fisher", "combined"):
         inside = len(expected & set(kept_tuple(own[score])))
         found.add("t2_selection", f"recommended_{score}", inside, n=min(len(expected), smallest), unit="layers",
-                  text=own[score].replace(" ", ", "))  # fmt: skip
+                  test="count", text=own[score].replace(" ", ", "))  # fmt: skip
     best = strategies[strategies["chosen"]].set_index("k")
     for role, k in (("smallest", best.index.min()), ("largest", best.index.max())):
         row = best.loc[k]
@@ -233,4 +238,9 @@ def t2_findings(read: Read) -> pd.DataFrame:
         found.add("t2_strategies", f"chosen_{role}_kept", k, unit="layers", text=row["kept"].replace(" ", ", "))
         found.add("t2_strategies", f"chosen_{role}_tokens", row["forward_tokens"], unit="tokens through the full model")
         found.add("t2_strategies", f"chosen_{role}_seconds", row["seconds"], unit="s")
+    runs = read("t2_stability")
+    found.add(
+        "t2_stability", "search_runs", len(runs[["objective", "seed"]].drop_duplicates()), unit="seeds and losses"
+    )
+    stability(found, read("t2_overlap"))
     return found.frame()

@@ -153,6 +153,17 @@ class TestEvaluator:
         assert (first.evaluations, first.forward_tokens) == (5, round((4 + 6) * 24 / 4))
         assert again == first
 
+    def test_a_count_around_others_has_each_subset_once(self, llama, make_blocks):
+        """What a search costs that builds on others: ask for the same subsets twice, inside one count."""
+        evaluator = Evaluator(llama, make_blocks(2, 12))
+        with coalitions.cost_of([evaluator]) as whole:
+            with coalitions.cost_of([evaluator]) as first:
+                evaluator.losses([(0, 1), (0, 2)])
+            with coalitions.cost_of([evaluator]) as second:
+                evaluator.losses([(0, 2), (1, 3)])
+        assert (first.evaluations, second.evaluations, whole.evaluations) == (2, 2, 3)
+        assert whole.forward_tokens == round((2 + 1 + 2) * 24 / 4)  # (0, 2) shares layer 0
+
 
 class TestStore:
     def ask(self, model, blocks, path, metrics=("nll_nats",)):
@@ -267,6 +278,17 @@ class TestShapley:
         found = shapley([game] * 400, target=0, seed=5)
         np.testing.assert_allclose(found.mean[:, 0], [2 / 3, 1 / 6, 1 / 6], atol=0.03)
         assert len(found.groups) == 400
+
+    def test_sampling_goes_on_until_the_halves_rank_alike(self):
+        """Additive games, of which one group is exact: odd groups put layer 1 first, until the sixth turns it round."""
+        early, late = [2, 3, 1, 0], [5, 0, 1, 0]
+        worths = [[3, 2, 1, 0] if group % 2 == 0 else early if group < 5 else late for group in range(9)]
+        games = [Game(4, lambda kept, worth=worth: -sum(worth[layer] for layer in kept)) for worth in worths]
+        found = {halves: shapley(games, target=9, halves=halves) for halves in (0, 0.5, 0.9)}
+        assert {halves: len(values.groups) for halves, values in found.items()} == {0: 4, 0.5: 4, 0.9: 6}
+        assert found[0.5].half_split_tau() == pytest.approx((5 - 1) / 6)  # one pair of six the other way round
+        assert found[0.9].half_split_tau() == pytest.approx(1)
+        assert len(shapley(games[:5], target=9, halves=0.9).groups) == 5  # the windows are the limit
 
     def test_the_seed_decides(self):
         game = Game(5, lambda kept: float(len(kept) > 2 and 0 in kept))

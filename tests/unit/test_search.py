@@ -57,6 +57,8 @@ class TestRegistry:
         search = selection.Search(looks, 3, {"generations": 2, "offspring": 4, "initial": 4})
         asked = {}
         for name, strategy in selection.of_kind("search").items():
+            if strategy.needs == "fresh":
+                continue
             for look in looks:
                 look.asked.clear()
             search.found[name] = strategy.function(search, 4)
@@ -68,11 +70,24 @@ class TestRegistry:
         assert search.found["sleb"] == selection.sleb(Planted(8, paired), 4)
         assert paired(set(search.found["swap"])) <= min(paired(set(kept)) for kept in search.found.values())
 
+    @pytest.mark.parametrize("k", [2, 5])
+    def test_the_released_budget_of_evopress_sees_other_text_in_each_generation(self, k):
+        def fresh():
+            for _ in range(100):
+                made.append([Planted(8, additive), Planted(8, additive)])
+                yield [(made[-1][0], 2), (made[-1][1], 1)]
+
+        made, search = [], selection.Search([Planted(8, additive)], evolution={"seed": 0}, fresh=fresh)
+        assert selection.STRATEGIES["evopress_paper"].function(search, k) == made[0][0].best(k)
+        assert len(made) == 1 + round(k * (8 - k) / 1.5)  # the first judges the random subsets
+        assert made[0][0].asked and not made[0][1].asked and not search.looks[0].asked
+        assert all(len(few.asked) <= 32 and len(many.asked) <= 3 for few, many in made[1:])  # two children, the parent
+
     def test_every_entry_says_what_it_is(self):
-        needed = {"score": "score", "rule": "depth", "search": "search"}
+        needed = {"score": ("score",), "rule": ("depth",), "search": ("search", "fresh")}
         for name, strategy in selection.STRATEGIES.items():
             assert strategy.title and strategy.source, name
-            expected = [needed[strategy.kind]] if strategy.kind in needed else [*scoring.SCORES, "angular"]
+            expected = needed.get(strategy.kind, (*scoring.SCORES, "angular"))
             assert strategy.needs in expected, name
 
 
@@ -149,9 +164,10 @@ class TestSearches:
                 search()
 
 
-def test_on_a_model_searches_reach_the_brute_force_optimum(make_blocks):
+@pytest.mark.parametrize("objective", ["nll_nats", "kl_nats"])
+def test_on_a_model_searches_reach_the_brute_force_optimum(make_blocks, objective):
     model = build_model("llama", num_hidden_layers=6, seed=2)
-    evaluator = Evaluator(model, make_blocks(4, 12))
+    evaluator = Evaluator(model, make_blocks(4, 12), [objective])
     subsets = list(itertools.combinations(range(6), 3))
     best = min(evaluator.losses(subsets))
     found = selection.evopress([(evaluator, 1)], 3, generations=15, offspring=12, initial=12)

@@ -13,6 +13,7 @@ from paper_src.coalitions import Cost, ShapleyValues
 from paper_src.sections import fidelity as fidelity_section
 from paper_src.sections import importance as importance_section
 from paper_src.sections import selection as selection_section
+from paper_src.sections import worth as worth_section
 
 
 def test_taus_equal_scipy_with_and_without_ties():
@@ -20,7 +21,7 @@ def test_taus_equal_scipy_with_and_without_ties():
     a, b = generator.integers(0, 8, size=(2, 20, 12)).astype(float)
     b[:10] = generator.normal(size=(10, 12))
     expected = [kendalltau(x, y).statistic for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(importance_section._taus(a, b), expected, rtol=1e-12)
+    np.testing.assert_allclose(worth_section.taus(a, b), expected, rtol=1e-12)
 
 
 def test_strategies_by_hand():
@@ -42,9 +43,7 @@ def test_strategies_by_hand():
     assert frame["chosen"].to_dict() == {name: name == "shortened_llama_ppl" for name in frame.index}
     assert frame.loc["sleb", "ppl_ratio"] == pytest.approx(math.exp(2))
     assert frame.loc["random", "ppl_ratio"] == pytest.approx(math.exp(3.0 - 1.0))
-    assert frame["p_ppl"].dropna().to_dict() == {
-        "shortened_llama_ppl": 0.5, "drop_block": 0.5, "sleb": 0.75, "top_k": 1.0, "evenly_spaced": 1.0,
-    }  # fmt: skip
+    assert frame["n_draws"].dropna().to_dict() == {"random": 3}
     assert frame["seconds"].dropna().to_dict() == {
         "shortened_llama_ppl": 1.5, "drop_block": 9.0, "sleb": 2.5, "top_k": 9.0, "evenly_spaced": 0.0,
     }  # fmt: skip
@@ -73,6 +72,7 @@ def test_the_agreement_of_a_combined_score_is_that_of_its_parts(monkeypatch):
     scores["both"] = scoring.Score("both", "combined", "", entry.measure, ("a", "b"))
     monkeypatch.setattr(scoring, "SCORES", scores)
     monkeypatch.setattr(importance_section, "SCORES", scores)
+    monkeypatch.setattr(worth_section, "SCORES", scores)
     measured = scoring.LayerScores(rows, torch.zeros(6, 6), torch.ones(5))
     importance = importance_section.t1_importance(measured)
     assert "both_se" not in importance
@@ -87,7 +87,7 @@ def test_the_agreement_of_a_combined_score_is_that_of_its_parts(monkeypatch):
 
 def test_saturation_sums_up_coalitions_of_each_size():
     rows = [[0, 4.0, 9.0], [2, 1.0, 1.0], [2, 3.0, 5.0], [2, 2.0, 2.0]]
-    table = importance_section.t1_saturation(ShapleyValues(np.zeros((2, 3, 2)), np.zeros(2), np.array(rows))).set_index(
+    table = worth_section.t1_saturation(ShapleyValues(np.zeros((2, 3, 2)), np.zeros(2), np.array(rows))).set_index(
         "layers"
     )
     assert table["n"].to_dict() == {0: 1, 2: 3}
