@@ -9,7 +9,7 @@ import math
 import operator
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +28,7 @@ COMPARE = {ast.Lt: (operator.lt, "<"), ast.LtE: (operator.le, "≤"), ast.Gt: (o
            ast.GtE: (operator.ge, "≥")}  # fmt: skip
 LEVEL = 0.05  # of p-values; in rules ``level``
 BEST = "best"  # folder of a claim that a run with larger budgets decides where there is one
+BETWEEN = "between"  # in rules: a value that is only known to lie between two findings
 OWN = "own"  # name of the run whose tables stand at the top of a folder
 PARTS = {"share": "share", "p": "p_value"}  # in a rule and as the unit of what is compared -> property of a finding
 Words = dict[str, str]  # of both languages
@@ -44,8 +45,9 @@ class Claim:
         reported: what the report says, or asked.
         finding: what we find.
         rule: ``test`` in words.
-        test: when the verdict is ``reproduced``: names of findings (``.share``: of their n, ``.p``: their p-value),
-            ``threshold``, ``level``, 0 or 1.
+        test: when the verdict is ``reproduced``: names of findings (``.share``: of their n, ``.p``: their p-value;
+            ``between(a, b)``: it is not known which value from the first's to the second's), ``threshold``,
+            ``level``, 0 or 1.
         threshold: its number, or the name of a constant of ``reported.py``.
         needs: a test without which nothing is decided.
         decides: what would decide it, where it is undetermined or not testable.
@@ -84,7 +86,7 @@ class Claim:
     def asks(self) -> set[str]:
         """Names of the findings in its rules."""
         nodes = [node for rule in (self.test, self.needs) if rule for node in ast.walk(ast.parse(rule, mode="eval"))]
-        return {node.id for node in nodes if isinstance(node, ast.Name)} - set(self.constants())
+        return {node.id for node in nodes if isinstance(node, ast.Name)} - {*self.constants(), BETWEEN}
 
     def place(self, known: Mapping[str, Mapping[str, Finding]]) -> str:
         """The folder of the findings that decide it, a key of ``known``."""
@@ -151,9 +153,13 @@ def _comparison(node: ast.AST, known: Mapping[str, Finding | float], test: str) 
 
 
 def _side(node: ast.AST, known: Mapping[str, Finding | float], test: str) -> Finding | float:
-    """A finding, the share of a count, a p-value, the threshold, or a number."""
+    """A finding, the share of a count, a p-value, what lies between two of these, the threshold, or a number."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         return float(node.value)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == BETWEEN and len(node.args) == 2:
+        least, most = (_side(side, known, test) for side in node.args)
+        return replace(least, name=f"{least.name}` to `{most.name}", lo=_ends(least)[0], hi=_ends(most)[1],
+                       text=f"{least.text} to {most.text}")  # fmt: skip
     part = PARTS.get(node.attr) if isinstance(node, ast.Attribute) else None
     name = node.value if part else node
     if isinstance(name, ast.Name) and name.id in known:

@@ -26,6 +26,7 @@ KNOWN = {
     "constant": finding("constant", 0.6, 0.5, 0.76),
     "chance": finding("chance", 2.0, 0.9, 3.0, n=9, test="sign flips", p=0.25),
     "count": finding("count", 3, n=4),
+    "all": finding("all", 4, n=4),
     "none": finding("none", NAN),
     "threshold": 0.8,
     "level": 0.05,
@@ -45,6 +46,9 @@ KNOWN = {
         ("cosine > 0.7 and count.share > 0.75", False, "`count` 3/4 (> 0.75)"),  # the one that decides is told
         ("cosine > threshold and count.share >= 0.75", None, "`cosine` 0.800 [0.750, 0.850] (> 0.8)"),
         ("none > 0", None, "`none` - (> 0)"),
+        ("between(count.share, all.share) >= 0.7", True, "`count` to `all` 3/4 to 4/4 (≥ 0.7)"),
+        ("between(count.share, all.share) >= 0.8", None, "`count` to `all` 3/4 to 4/4 (≥ 0.8)"),
+        ("between(count.share, all.share) < 0.7", False, "`count` to `all` 3/4 to 4/4 (< 0.7)"),
         ("cosine.p <= level", True, "`cosine` p = 0.0001 (≤ 0.05)"),
         ("chance.p <= level", False, "`chance` p = 0.25 (≤ 0.05)"),
         ("constant.p <= level", None, "`constant` p - (≤ 0.05)"),  # no test was made
@@ -72,8 +76,11 @@ def test_a_decision_names_test_n_and_p(test, tests):
     assert claims.decide(test, KNOWN).tests == tests
 
 
-@pytest.mark.parametrize("test", ["cosine", "cosine > missing", "cosine + 1 > 0", "0 < cosine < 1", "cosine == 1",
-                                  "cosine > 1 or count > 1", "cosine.lo > 1", "__import__('os') > 1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "test",
+    ["cosine", "cosine > missing", "cosine + 1 > 0", "0 < cosine < 1", "cosine == 1", "cosine > 1 or count > 1",
+     "cosine.lo > 1", "between(count) > 1", "most(count, all) > 1", "__import__('os') > 1"],
+)  # fmt: skip
 def test_a_rule_is_nothing_but_comparisons(test):
     with pytest.raises(InputError, match="rule"):
         claims.decide(test, KNOWN)
