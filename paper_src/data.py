@@ -84,6 +84,21 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, leng
     return torch.tensor([first + block for block in blocks])
 
 
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
+    """Token ids (count, length) of windows without overlap, as :func:`token_blocks`; with ``count`` 0 all of the text.
+
+    All: one behind another from the first token on, each behind the tokenizer's BOS; a rest that fills none is left.
+    """
+    if count:
+        return token_blocks(tokenizer, text, count, length, seed)
+    first = beginning(tokenizer)
+    size = length - len(first)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not 1 <= size <= len(ids):
+        raise InputError(f"windows of {length} tokens of a text of {len(ids)}: give a length it holds, of 2 or more")
+    return torch.tensor([first + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)])
+
+
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS token where the tokenizer puts it before a text, else nothing."""
     bos = tokenizer.bos_token_id

@@ -85,11 +85,15 @@ def reference(
     full = Reference(blocks[:, tail], hidden, mean, context=blocks[:, : -hidden.shape[1]])
     if {"kl_nats", "top1_agreement"}.isdisjoint(metrics):
         return full
-    full.probabilities = torch.cat([logits_of(model, state[None]).float().softmax(-1) for state in hidden])
-    # subnormal numbers weigh nothing in a sum and slow it tenfold
-    full.probabilities[full.probabilities < torch.finfo(torch.float32).tiny] = 0
-    full.negative_entropy = -torch.stack([torch.special.entr(row).sum(-1) for row in full.probabilities])
-    full.top1 = full.probabilities.argmax(-1)
+    parts = []
+    for states in hidden.flatten(0, 1).split(64):  # a few rows at a time stay in the processor's cache
+        p = logits_of(model, states[None])[0].float().softmax(-1)  # (<=64, V)
+        p = p.where(p >= torch.finfo(p.dtype).tiny, 0)  # subnormal numbers weigh nothing and slow sums tenfold
+        parts.append((p, -torch.special.entr(p).sum(-1), p.argmax(-1)))
+    probabilities, negative_entropy, top1 = (torch.cat(part) for part in zip(*parts, strict=True))
+    full.probabilities = probabilities.unflatten(0, hidden.shape[:2])
+    full.negative_entropy = negative_entropy.unflatten(0, hidden.shape[:2])
+    full.top1 = top1.unflatten(0, hidden.shape[:2])
     return full
 
 

@@ -1,7 +1,8 @@
 """Section 4: fidelity of every selection on test text, beside random selections and the trivial predictor."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import cycle
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,109 +13,190 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from paper_src import fidelity
+from paper_src import InputError, fidelity
 from paper_src.layers import SubsetRunner
 from paper_src.reporting import reported
-from paper_src.reporting.findings import Findings, Read, ends, spread
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
-from paper_src.scoring import SCORES, title
+from paper_src.scoring import title
 from paper_src.sections.selection import label
+from paper_src.sections.windows import window_rows
 from paper_src.selection import kept_text, kept_tuple, of_kind
 from paper_src.stats import control_p_value
 
 Measured = dict[str, dict[str, np.ndarray]]
+FULL, TRIVIAL = "full", "trivial"  # rows that are no selection
+RECOMMENDED = ("distributed", "combined")  # strategy and score of the earlier report's recommendation
+KEYS = ["strategy", "score", "k", "kept"]
+
+
+class Group(NamedTuple):
+    """Selections that are measured on the same windows."""
+
+    kept: Iterable[str]
+    windows: Sequence[int]  # places in the sequence of all windows
+    metrics: Collection[str]
 
 
 def measure(
-    model: PreTrainedModel,
-    full: fidelity.Reference,
-    table: pd.DataFrame,
-    metrics: Collection[str] = fidelity.METRICS,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> Measured:
+    model: PreTrainedModel, full: fidelity.Reference, table: pd.DataFrame,
+    metrics: Collection[str] = fidelity.METRICS, progress: Callable[[Iterable], Iterable] = iter,
+) -> Measured:  # fmt: skip
     """Fidelity of the full model (first) and of every different selection in ``table``: kept -> metric -> (N,).
 
     Selections that begin alike share the work, see :class:`paper_src.layers.SubsetRunner`; the values are
     those of the compacted models.
     """
+    return _measure(model, full, dict.fromkeys(table["kept"], metrics), metrics, progress)
+
+
+def _measure(
+    model: PreTrainedModel, full: fidelity.Reference, wanted: dict[str, Collection[str]], of_full: Collection[str],
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Measured:  # fmt: skip
+    """:func:`measure` with metrics of each selection's own: ``wanted`` are kept -> metrics."""
     runner = SubsetRunner(model, full.blocks, memory_bytes=2**26)  # smaller batches, for the bar
     everything = tuple(range(runner.depth))
+    wanted = wanted | {kept_text(everything): of_full}
     measured = {kept_text(everything): {}}
-    for batch in progress(list(runner.batches([everything, *map(kept_tuple, table["kept"])]))):
+    for batch in progress(list(runner.batches(map(kept_tuple, wanted)))):
         for kept, hidden in zip(batch, runner.last_hidden(batch), strict=True):
-            measured[kept_text(kept)] = fidelity.compare_states(model, full, hidden, metrics)
+            measured[kept_text(kept)] = fidelity.compare_states(model, full, hidden, wanted[kept_text(kept)])
     return measured
 
 
-def full_nll(measured: Measured) -> np.ndarray:
-    """(N,) NLL of the full model, the selection of all layers, which :func:`measure` puts first."""
-    return next(iter(measured.values()))["nll_nats"]
+def spread(count: int, wanted: int) -> list[int]:
+    """``wanted`` places at equal distances among ``count`` windows: those on which every selection is measured."""
+    if not 1 <= wanted <= count:
+        raise InputError(f"blocks = {wanted} of {count} headline windows: give 1 to {count}, or more headline_blocks")
+    return [index * count // wanted for index in range(wanted)]
 
 
-def t4_random(measured: Measured, table: pd.DataFrame) -> pd.DataFrame:
-    """A row per random draw of ``table``: means over blocks, ``ppl`` and ``ppl_ratio`` to the full model."""
+def measure_groups(
+    model: PreTrainedModel, blocks: Tensor, mean: Tensor, groups: Sequence[Group],
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Measured:  # fmt: skip
+    """Row -> metric -> (N,) of what ``groups`` ask for on windows ``blocks`` (N, T), NaN elsewhere.
+
+    The rows are kept layers, and :data:`FULL` and :data:`TRIVIAL`, which have every metric on every window. A
+    selection of several groups is measured once on a window, as the first of them asks. One window after another:
+    all its selections share the work, and one window's next-token distributions are what memory holds.
+
+    Args:
+        mean: (d,) the trivial predictor's state.
+    """
+    measured: Measured = {}
+    for index, block in enumerate(progress(list(blocks))):
+        full = fidelity.reference(model, block[None], mean)
+        wanted = {kept: group.metrics for group in reversed(groups) if index in group.windows for kept in group.kept}
+        found = _measure(model, full, wanted, fidelity.METRICS)
+        rows = {FULL: next(iter(found.values())), TRIVIAL: fidelity.compare_constant(model, full), **found}
+        for row, values in rows.items():
+            for metric, value in values.items():
+                column = measured.setdefault(row, {}).setdefault(metric, np.full(len(blocks), np.nan))
+                column[index] = value.item()
+    return measured
+
+
+def headline(selection: pd.DataFrame) -> pd.DataFrame:
+    """Rows of t2_selection that a verdict names: ``chosen`` at each k, and the recommended one at the smallest."""
+    chosen = selection[selection["strategy"] == "chosen"]
+    strategy, score = RECOMMENDED
+    own = selection[(selection["strategy"] == strategy) & (selection["score"] == score)]
+    return pd.concat([chosen, own[own["k"] == chosen["k"].min()]], ignore_index=True)
+
+
+def _not_cut(measured: Measured) -> list[dict]:
+    """Keys of the full model's row and of the trivial predictor's."""
+    everything = next(kept for kept in measured if kept not in (FULL, TRIVIAL))
+    size = len(everything.split())
+    return [dict(zip(KEYS, row, strict=True)) for row in ((FULL, None, size, everything), (TRIVIAL, None, 0, None))]
+
+
+def _row_of(keys: dict) -> str:
+    """What a row is called in what was measured, and in t4_windows."""
+    return keys["strategy"] if keys["strategy"] in (FULL, TRIVIAL) else keys["kept"]
+
+
+def _summary(measured: Measured, row: str, windows: Sequence[int], length: int, seed: int) -> dict[str, float]:
+    """Means with intervals of one row on some windows, ``ppl_ratio`` from the paired differences to the full model."""
+    values = {metric: column[windows] for metric, column in measured[row].items()}
+    ratio = fidelity.ppl_ratio(values["nll_nats"], measured[FULL]["nll_nats"][windows], seed)
+    return {"n_blocks": len(windows), "n_tokens": len(windows) * length, **fidelity.summarize(values, seed), **ratio}
+
+
+def t4_random(measured: Measured, table: pd.DataFrame, windows: Sequence[int]) -> pd.DataFrame:
+    """A row per random draw of ``table``: means over ``windows``, ``ppl`` and ``ppl_ratio`` to the full model."""
     rows = []
     for row in table[table["strategy"] == "random"].itertuples():
-        means = {name: float(values.mean()) for name, values in measured[row.kept].items()}
-        rows.append({"k": row.k, "draw": row.draw, "kept": row.kept, **means})
-    frame = pd.DataFrame(rows)
-    return frame.assign(ppl=np.exp(frame["nll_nats"]), ppl_ratio=np.exp(frame["nll_nats"] - full_nll(measured).mean()))
+        means = {name: float(measured[row.kept][name][windows].mean()) for name in ("cosine", "nll_nats")}
+        rows.append({"k": row.k, "draw": row.draw, "kept": row.kept, "n_blocks": len(windows), **means})
+    frame, full = pd.DataFrame(rows), measured[FULL]["nll_nats"][windows].mean()
+    return frame.assign(ppl=np.exp(frame["nll_nats"]), ppl_ratio=np.exp(frame["nll_nats"] - full))
+
+
+def t4_headline(measured: Measured, rows: pd.DataFrame, length: int, text: str, seed: int) -> pd.DataFrame:
+    """Full model, trivial predictor and the selections of :func:`headline` on all windows, each metric's interval.
+
+    Args:
+        rows: from :func:`headline`.
+        length: tokens in a window.
+        text: what these windows are called in t4_windows.
+    """
+    (windows,) = np.indices(measured[FULL]["nll_nats"].shape)
+    found = _not_cut(measured) + rows[KEYS].to_dict("records")
+    found = [{**row, **_summary(measured, _row_of(row), windows, length, seed)} for row in found]
+    return pd.DataFrame(found).assign(text=text)
 
 
 def t4_fidelity(
-    measured: Measured, constant: dict[str, np.ndarray], table: pd.DataFrame, blocks: Tensor, seed: int
-) -> pd.DataFrame:
-    """Full model, trivial predictor, every selection of ``table``, and the mean of the random draws at each k.
+    measured: Measured, table: pd.DataFrame, draws: pd.DataFrame, windows: Sequence[int], length: int, text: str,
+    seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Full model, trivial predictor and every selection of ``table`` on ``windows``; the random draws' mean at each k.
 
-    Intervals are 95% bootstraps: over test blocks, for ``ppl_ratio`` of the paired differences, and for ``random``
-    over draws. ``p_cosine`` and ``p_ppl`` are the chance that a random draw of the same k does at least as well.
+    Intervals are 95% bootstraps: over windows, for ``ppl_ratio`` of the paired differences, and for ``random`` over
+    draws. ``p_cosine`` and ``p_ppl`` are the chance that a random draw of the same k does at least as well,
+    ``p_ppl_worse`` that it does at least as badly, all on the windows of the draws, the first of ``windows``.
 
     Args:
-        measured: from :func:`measure` on ``blocks`` (N, T).
-        constant: the trivial predictor's metrics there.
+        measured: from :func:`measure_groups`.
         table: t2_selection.
+        draws: t4_random.
+        length: tokens in a window.
+        text: what these windows are called in t4_windows.
     """
-    everything, full = next(iter(measured)), full_nll(measured)
-    size = {"n_blocks": len(blocks), "n_tokens": blocks.numel()}
-
-    def summary(values: dict[str, np.ndarray], base: np.ndarray | float) -> dict[str, float]:
-        return {**size, **fidelity.summarize(values, seed), **fidelity.ppl_ratio(values["nll_nats"], base, seed)}
-
-    rows = [
-        {"strategy": "full", "k": len(everything.split()), "kept": everything, **summary(measured[everything], full)},
-        {"strategy": "trivial", "k": 0, "kept": "", **summary(constant, full)},
-    ]
-    draws = dict(iter(t4_random(measured, table).groupby("k")))
-    for row in table[table["strategy"] != "random"].itertuples():
-        values = summary(measured[row.kept], full)
-        p_values = {"p_cosine": control_p_value(values["cosine"], draws[row.k]["cosine"], higher_is_better=True),
-                    "p_ppl": control_p_value(values["ppl"], draws[row.k]["ppl"], higher_is_better=False)}  # fmt: skip
-        rows.append({"strategy": row.strategy, "score": row.score, "k": row.k, "kept": row.kept, **values, **p_values})
-    for k, same in draws.items():
-        means = {name: same[name].to_numpy() for name in fidelity.METRICS}
-        values = summary(means, float(full.mean()))
-        rows.append({"strategy": "random", "k": k, "kept": "", "n_draws": len(same), **values})
-    return pd.DataFrame(rows).astype({"n_draws": "Int64"})
+    rows = [{**row, **_summary(measured, _row_of(row), windows, length, seed)} for row in _not_cut(measured)]
+    selected = table[table["strategy"] != "random"]
+    by_kept = {kept: _summary(measured, kept, windows, length, seed) for kept in dict.fromkeys(selected["kept"])}
+    judged, by_k = list(windows[: draws["n_blocks"].iloc[0]]), dict(iter(draws.groupby("k")))
+    for row in selected[KEYS].to_dict("records"):
+        own, same = measured[row["kept"]], by_k[row["k"]]
+        asked = {"p_cosine": ("cosine", True), "p_ppl": ("nll_nats", False), "p_ppl_worse": ("nll_nats", True)}
+        p_values = {name: control_p_value(own[metric][judged].mean(), same[metric], higher_is_better=higher)
+                    for name, (metric, higher) in asked.items()}  # fmt: skip
+        rows.append({**row, **by_kept[row["kept"]], **p_values})
+    for k, same in by_k.items():
+        means = {name: same[name].to_numpy() for name in ("cosine", "nll_nats")}
+        ratio = fidelity.ppl_ratio(means["nll_nats"], measured[FULL]["nll_nats"][judged].mean(), seed)
+        size = {"n_draws": len(same), "n_blocks": len(judged), "n_tokens": len(judged) * length}
+        rows.append({"strategy": "random", "k": k, **size, **fidelity.summarize(means, seed), **ratio})
+    return pd.DataFrame(rows).astype({"n_draws": "Int64"}).assign(text=text)
 
 
-def found(strategies: pd.DataFrame) -> pd.DataFrame:
-    """Rows of t2_strategies that are a selection; the others are means over random ones."""
-    return strategies[strategies["strategy"] != "random"]
-
-
-def t4_strategies(measured: Measured, strategies: pd.DataFrame, blocks: Tensor, seed: int) -> pd.DataFrame:
-    """The selections of t2_strategies on much test text, with ``ppl_ratio`` as in :func:`fidelity.ppl_ratio`.
+def t4_windows(measured: Measured, groups: dict[str, Group], blocks: Tensor, model_digest: str) -> pd.DataFrame:
+    """The losses and cosines of every window: of full model, trivial predictor and the different selections of groups.
 
     Args:
-        measured: from :func:`measure` on ``blocks`` (N, T).
-        strategies: t2_strategies.
+        groups: text, as the windows are called -> what was measured on them.
+        blocks: (N, T) all windows.
     """
-    full, rows = full_nll(measured), []
-    for row in found(strategies)[["strategy", "score", "k", "kept", "chosen"]].to_dict("records"):
-        values = measured[row["kept"]]
-        rows.append({**row, **fidelity.ppl_ratio(values["nll_nats"], full, seed), "cosine": values["cosine"].mean()})
-    frame = pd.DataFrame(rows).assign(ppl_full=np.exp(full.mean()), n_blocks=len(blocks), n_tokens=blocks.numel())
-    return frame.sort_values(["k", "ppl_ratio"], ignore_index=True)
+    parts = []
+    for text, group in groups.items():
+        windows = list(group.windows)
+        for row in dict.fromkeys([FULL, TRIVIAL, *group.kept]):
+            values = {metric: column[windows] for metric, column in measured[row].items()}
+            parts.append(window_rows(row, text, blocks[windows], model_digest, values))
+    return pd.concat(parts, ignore_index=True)
 
 
 PANELS = {"ppl_ratio": "perplexity / full model's", "cosine": "cosine to the full model's last hidden state"}
@@ -123,9 +205,9 @@ PANELS = {"ppl_ratio": "perplexity / full model's", "cosine": "cosine to the ful
 def f4_tradeoff(table: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series) -> Figure:
     """What each selection costs on test text, without any repair: a column per number of kept layers k, with the
     measured speedup of prefill. A row is a score (with a marker per strategy that uses it) or a strategy of its own,
-    sorted by the perplexity at the smallest k. Bars: 95% bootstrap over windows, paired with the full model for
-    perplexity. Grey: random selections of the same k, and the range of 90% of them. Dashed: the trivial predictor,
-    which answers every token with the mean state of calibration text.
+    sorted by the perplexity at the smallest k. Bars: 95% BCa bootstrap over windows, paired with the full model for
+    perplexity. Grey: random selections of the same k, on the first of these windows, and the range of 90% of them.
+    Dashed: the trivial predictor, which answers every token with the mean state of calibration text.
 
     Args:
         table: t4_fidelity.
@@ -174,68 +256,6 @@ def _selections(axis: Axes, rows: pd.DataFrame, metric: str, order: list[str]) -
 def _random(axis: Axes, values: pd.Series, order: list[str]) -> None:
     """Random draws in a line of their own, and the range of 90% of them behind all others."""
     axis.axvspan(*values.quantile([0.05, 0.95]), color=GREY, alpha=0.2, lw=0, label="90% of random draws")
-    axis.plot(values, [len(order) - 1] * len(values), "|", color=GREY, ms=7)
+    axis.plot(values, [len(order) - 1] * len(values), "|", color=GREY, ms=7, mew=0.5, alpha=0.6)
     axis.set_yticks(range(len(order)), order, size=7)
     axis.set_ylim(len(order) - 0.5, -0.5)
-
-
-def t4_findings(read: Read) -> pd.DataFrame:
-    """t4_findings: the smallest models against a constant, random selections and one another."""
-    table, found = read("t4_fidelity"), Findings()
-    by_name = table.drop_duplicates("strategy").set_index("strategy")
-    full, trivial = by_name.loc["full"], by_name.loc["trivial"]
-    found.add("t4_fidelity", "test_blocks", full["n_blocks"], unit="windows")
-    found.add("t4_fidelity", "test_tokens", full["n_tokens"], unit="tokens")
-    found.add("t4_fidelity", "full_ppl", *ends(full, "ppl"), unit="perplexity", n=full["n_blocks"])
-    draws = table["n_draws"].max()
-    found.add("t4_fidelity", "random_draws", draws, unit="selections at each k")
-    found.add("t4_fidelity", "smallest_p", 1 / (1 + draws), unit="p")
-    small = table[table["k"] == table.loc[table["strategy"] == "chosen", "k"].min()]
-    own = small[(small["strategy"] == "distributed") & (small["score"] == "combined")].iloc[0]
-    real = small[small["strategy"] != "random"]
-    rows = {"trivial": trivial, "recommended": own, "best": real.loc[real["cosine"].idxmax()],
-            "chosen": small[small["strategy"] == "chosen"].iloc[0],
-            "random": small[small["strategy"] == "random"].iloc[0]}  # fmt: skip
-    for role, row in rows.items():
-        n = draws if role == "random" else full["n_blocks"]
-        for column, unit in (("cosine", "cosine"), ("cosine_centred", "cosine"), ("ppl_ratio", "perplexity / full")):
-            found.add("t4_fidelity", f"{column}_{role}", *ends(row, column), unit=unit, n=n)
-    gradient = small[small["strategy"].isin(["top_k", "distributed"]) & _by_gradient(small)]
-    found.add("t4_fidelity", "cosine_gradient", *spread(gradient["cosine"]), n=len(gradient),
-              unit="cosine: median and range over selections by gradient scores")  # fmt: skip
-    tested = read("t4_strategies")
-    picked = tested[tested["chosen"] & (tested["k"] == small["k"].iloc[0])].iloc[0]
-    found.add("t4_strategies", "ppl_ratio_chosen_long_windows", *ends(picked, "ppl_ratio"), unit="perplexity / full",
-              n=picked["n_blocks"])  # fmt: skip
-    _against_random(found, table)
-    _spread_against_top_k(found, table)
-    return found.frame()
-
-
-def _by_gradient(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are of a score by gradients, the combined one included."""
-    return rows["score"].map({name: score.kind for name, score in SCORES.items()}).isin(["gradient", "combined"])
-
-
-def _against_random(found: Findings, table: pd.DataFrame) -> None:
-    """Adds how many different selections by gradient scores are better or worse than random ones, both at 5%."""
-    draws = table["n_draws"].max()
-    rows = table[_by_gradient(table)].drop_duplicates(["strategy", "kept"])
-    worse = 1 + 1 / (1 + draws) - rows["p_ppl"]  # the same test from the other side: (1 + worse) / (1 + draws)
-    for strategy, part in rows.groupby("strategy"):
-        for side, p in (("better", part["p_ppl"]), ("worse", worse[part.index])):
-            found.add("t4_fidelity", f"{strategy}_{side}_than_random", (p.round(9) <= 1 / 20).sum(), n=len(part),
-                      unit="selections, p <= 0.05")  # fmt: skip
-
-
-def _spread_against_top_k(found: Findings, table: pd.DataFrame) -> None:
-    """Adds in how many different pairs (score, k) ``distributed`` has a lower loss than Top-K, by kind of score."""
-    kinds = {name: score.kind.replace("combined", "gradient") for name, score in SCORES.items()}
-    wide, top = (table[table["strategy"] == name] for name in ("distributed", "top_k"))
-    pairs = wide.merge(top, on=["score", "k"], suffixes=("", "_top"))
-    pairs = pairs[pairs["kept"] != pairs["kept_top"]]
-    pairs = pairs.assign(kind=pairs["score"].map(kinds)).drop_duplicates(["kind", "kept", "kept_top"])
-    for kind in dict.fromkeys(kinds.values()):
-        part = pairs[pairs["kind"] == kind]
-        wins = (part["nll_nats"] < part["nll_nats_top"]).sum()
-        found.add("t4_fidelity", f"distributed_wins_{kind}", wins, n=len(part), unit="pairs of selections")

@@ -37,8 +37,10 @@ def window_rows(
     return pd.DataFrame({"window": range(len(blocks)), **measured, **same}).reindex(columns=COLUMNS)
 
 
-def losses(table: pd.DataFrame, row: str, text: str | None = None) -> Losses:
+def losses(table: pd.DataFrame, row: str, text: str | None = None, metric: str = "nll_nats") -> Losses:
     """The losses of one row of a ``tN_windows`` on one kind of text, the first that the table has if none is named.
+
+    Or its cosines, where that is the ``metric``: two rows are tested against each other alike.
 
     Raises:
         InputError: there is no such row, or its windows are not whole.
@@ -49,7 +51,7 @@ def losses(table: pd.DataFrame, row: str, text: str | None = None) -> Losses:
         raise InputError(f"no windows of {row!r} on {text!r}: the table has {sorted(set(table['row']))[:8]}")
     if part["window"].tolist() != list(range(len(part))):
         raise InputError(f"the windows of {row!r} on {text!r} are not 0 to {len(part) - 1}: run the section again")
-    return Losses(part["nll_nats"].to_numpy(), "/".join([text, *part[["windows_sha256", "model_sha256"]].iloc[0]]))
+    return Losses(part[metric].to_numpy(), "/".join([text, *part[["windows_sha256", "model_sha256"]].iloc[0]]))
 
 
 def require_same(table: pd.DataFrame, text: str, blocks: Tensor, model_digest: str) -> pd.DataFrame:
