@@ -147,24 +147,24 @@ def whole(model: PreTrainedModel, like: PreTrainedModel) -> PreTrainedModel:
 
 
 def stepwise(
-    full: PreTrainedModel, kept: Sequence[int], blocks: Tensor, stages: int,
+    full: PreTrainedModel, kept: Sequence[int], parts: Sequence[Tensor],
     train: Callable[[PreTrainedModel, Tensor, int], PreTrainedModel],
 ) -> PreTrainedModel:  # fmt: skip
-    """The compact model of ``kept``, cut in ``stages`` steps with a training behind each (arXiv:2511.05085).
+    """The compact model of ``kept``, cut in as many steps as ``parts``, with a training on each (arXiv:2511.05085).
 
-    Each step removes an equal share of the layers, spread over the depth, and trains on an equal share of ``blocks``:
-    all steps together see what one training sees. The paper removes the layer that costs least at each step; here the
-    layers that stay are given, so that only the recipe differs from cutting all at once.
+    Each step removes an equal share of the layers, spread over the depth; all steps together see what one training
+    sees. The paper removes the layer that costs least at each step; here the layers that stay are given, so that only
+    the recipe differs from cutting all at once.
 
     Args:
-        train: (model, blocks, stage) -> the trained model.
+        parts: blocks (n, T) of each step.
+        train: (model, blocks, number of the step) -> the trained model.
     """
-    removed = sorted(set(range(len(decoder_layers(full)))) - set(kept))
-    stages = max(1, min(stages, len(removed), len(blocks)))
-    small, left = full, list(range(len(decoder_layers(full))))
-    for stage, part in enumerate(blocks.tensor_split(stages)):
-        gone = set(removed[stage::stages])
+    left = list(range(len(decoder_layers(full))))
+    removed, small = [layer for layer in left if layer not in set(kept)], full
+    for stage, blocks in enumerate(parts):
+        gone = set(removed[stage :: len(parts)])
         small = compact(small, [place for place, layer in enumerate(left) if layer not in gone])
         left = [layer for layer in left if layer not in gone]
-        small = train(small, part, stage)
+        small = train(small, blocks, stage)
     return small

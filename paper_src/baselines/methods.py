@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from paper_src import recovery, selection
 from paper_src.baselines import control, depth, low_rank, quantization, sparsity, width
+from paper_src.baselines.replace_me import replace_me
 from paper_src.baselines.setting import Setting
 from paper_src.compaction import compact
 
@@ -23,7 +24,9 @@ class Method:
         function: (setting, k) -> model; k is 0 where its size is not free.
         sized: whether it is given the parameter count of the compact model of k layers.
         bits: of a weight in the layers; None are those of the full model.
-        training: ``none`` where its weights cannot be trained, ``plain``, or ``masked`` where zeros stay zeros.
+        training: ``none`` where its weights cannot be trained, ``plain``, ``masked`` where zeros stay zeros, or
+            ``whole``, embedding and head as well; or, of the compact model that another method has as it is, ``tail``,
+            its last layers alone, and ``stepwise``, a few layers cut at a time.
         needs: parts of the setting that it uses; the seconds of those made once count for each method.
         repair: what its model has had when it is made: none, closed_form or distilled.
         refit: (setting, k) -> the same model fitted in closed form, from which its training starts; None where its
@@ -57,6 +60,10 @@ class Method:
 def _torchao(title: str, kind: str, bits: int) -> Method:
     return Method(title, "quantization", TORCHAO,
                   lambda on, k: quantization.torchao_quantized(on.full, kind), bits=bits)  # fmt: skip
+
+
+def _int4(title: str, source: str, function: Callable[[Setting], PreTrainedModel], **others) -> Method:
+    return Method(title, "quantization", source, lambda on, k: function(on), bits=4, **others)
 
 
 def _magnitude(share: float) -> Method:
@@ -97,17 +104,28 @@ METHODS: dict[str, Method] = {
     "int8_weight": _torchao("int8 weights, torchao", "int8_weight", 8),
     "int4_weight": _torchao("int4 weights, torchao", "int4_weight", 4),
     "int4_unpacked": _torchao("int4 weights, kept in 8 bits", "int4_unpacked", 4),
+    "int4_groups": _int4("int4 in groups, nearest", TORCHAO, lambda on: quantization.int4_groups(on.full)),
+    "int4_hqq": _int4("int4 in groups, HQQ", f"HQQ's scales, {TORCHAO}",
+                      lambda on: quantization.int4_groups(on.full, hqq=True)),
+    "int4_gptq": _int4("int4 in groups, GPTQ", "GPTQ (arXiv:2210.17323)",
+                       lambda on: quantization.gptq(on.full, on.moments), needs=("moments",)),
     "magnitude_50": _magnitude(0.5),
     "magnitude_75": _magnitude(0.75),
     "wanda_50": _wanda("Wanda 50%", 0.5),
     "wanda_75": _wanda("Wanda 75%", 0.75),
     "wanda_2_4": _wanda("Wanda 2:4", 0.5, group=4),
+    "sparse_gpt_50": Method("SparseGPT 50%", "sparsity", "SparseGPT (arXiv:2301.00774)",
+                            lambda on, k: sparsity.sparse_gpt(on.full, on.moments, 0.5), training="masked",
+                            needs=("moments",)),
     "width": _at_size("width", "width", "Minitron's axes (arXiv:2407.14679), Wanda's norms",
                       lambda on, k: width.width_pruned(on.full, on.moments, on.size(k)), needs=("moments",),
                       refit=lambda on, k: width.width_pruned(on.full, on.moments, on.size(k), repair="refit")),
     "width_refit": _at_size("width, closed form", "width", "least squares on the kept inputs",
                             lambda on, k: width.width_pruned(on.full, on.moments, on.size(k), repair="refit"), "none",
                             needs=("moments",), repair="closed_form"),
+    "flap": _at_size("FLAP", "width", "FLAP (arXiv:2312.11983), the same widths everywhere",
+                     lambda on, k: width.width_pruned(on.full, on.moments, on.size(k), "fluctuation", "bias"),
+                     needs=("moments",), repair="closed_form"),
     "svd": _at_size("SVD", "low rank", "Eckart and Young, 1936",
                     lambda on, k: low_rank.low_rank(on.full, on.plain_factors, on.size(k)), needs=("plain_factors",),
                     control=True),
@@ -121,13 +139,26 @@ METHODS: dict[str, Method] = {
                               lambda on, k: control.random_layers(on.full, on.kept[k], on.seed), start="random",
                               control=True),
     "random_weights": _at_size("random weights", "control", "nothing of the full model",
-                               lambda on, k: control.random_weights(on.full, on.kept[k], on.seed), start="random",
-                               control=True),
-    "laco": _at_size("LaCo", "depth", "LaCo (arXiv:2402.11187)",
-                     lambda on, k: depth.laco(on.full, k, on.few_blocks), needs=("few_blocks",)),
-    "replace_me": _at_size("ReplaceMe", "depth", "ReplaceMe (arXiv:2505.02819)",
-                           lambda on, k: recovery.closed_form(on.full, on.block_cut[k], on.blocks, "mlp_map").model,
+                               lambda on, k: control.random_weights(on.full, on.kept[k], on.seed), "whole",
+                               start="random", control=True),
+    "laco_paper": _at_size("LaCo, the paper's formula", "depth", "LaCo (arXiv:2402.11187)",
+                           lambda on, k: depth.laco(on.full, k, on.few_blocks), needs=("few_blocks",)),
+    "laco_released": _at_size("LaCo, as released", "depth", "LaCo (arXiv:2402.11187): its code removes, not merges",
+                              lambda on, k: depth.laco(on.full, k, on.few_blocks, released=True), "none",
+                              needs=("few_blocks",)),
+    "replace_me": _at_size("ReplaceMe, least squares", "depth", "ReplaceMe (arXiv:2505.02819)",
+                           lambda on, k: replace_me(on.full, on.block_cut[k], on.blocks),
                            needs=("blocks",), repair="closed_form"),
+    "replace_me_cosine": _at_size("ReplaceMe, cosine as released", "depth", "ReplaceMe (arXiv:2505.02819)",
+                                  lambda on, k: replace_me(on.full, on.block_cut[k], on.blocks, cosine=True),
+                                  "none", needs=("blocks",), repair="closed_form"),
+    "last_layers_off": _at_size("last layers off, tail trained", "depth", "Lu et al. (arXiv:2411.15558)",
+                                lambda on, k: compact(on.full, range(k)), "tail"),
+    "cut_stepwise": _at_size("layers cut in steps", "depth", "arXiv:2511.05085, section 5's layers",
+                             lambda on, k: compact(on.full, on.kept[k]), "stepwise"),
+    "cut_magnitude": _at_size("layers cut, magnitudes", "depth", "Prune&Comp (arXiv:2507.18212), section 5's layers",
+                              lambda on, k: depth.magnitude_compensated(on.full, on.kept[k], on.blocks), "none",
+                              needs=("blocks",), repair="closed_form"),
     "cut": _at_size("layers cut", "depth", "section 5's layers", lambda on, k: compact(on.full, on.kept[k]),
                     refit=_refitted(lambda on, k: on.kept[k])),
     "cut_refit": _at_size("layers cut, closed form", "depth", "section 5's layers", _refitted(lambda on, k: on.kept[k]),

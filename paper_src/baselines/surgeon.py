@@ -25,9 +25,11 @@ def compensated(weight: Tensor, moment: Tensor, rule: Callable[[Tensor, Tensor],
     moment = moment.double().clone()
     dead = moment.diagonal() == 0
     moment[dead, dead] = 1.0
-    moment += DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    upper, left = torch.linalg.cholesky(inverse, upper=True).float(), weight.float().clone()
+    moment.diagonal().add_(DAMPING * float(moment.diagonal().mean()))
+    # H = R R' with R upper, by the factor of H turned round; then H^-1 = U' U with U = R^-1
+    root = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    upper, left = torch.linalg.solve_triangular(root, eye, upper=True).float(), weight.float().clone()
     for start in range(0, len(moment), width):
         stretch = slice(start, min(start + width, len(moment)))
         part, own = left[:, stretch], upper[stretch, stretch]  # part is a view

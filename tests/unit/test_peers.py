@@ -10,10 +10,14 @@ from test_baselines import DENSE
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from paper_src import NotSupported
+from paper_src import NotSupported, fidelity
 from paper_src.baselines import depth, quantization, replace_me, sparsity, surgeon, width
+from paper_src.baselines.methods import METHODS
 from paper_src.baselines.moments import InputMoments, input_moments, linears
+from paper_src.baselines.setting import Setting
+from paper_src.baselines.training import TRAININGS
 from paper_src.compaction import compact
+from paper_src.distillation import Distillation
 from paper_src.models import count_parameters, decoder_layers, last_hidden, locate_layers
 
 
@@ -136,11 +140,9 @@ def test_stepwise_cuts_a_share_of_the_layers_and_trains_on_a_share_of_the_text(m
         seen.append((len(decoder_layers(small)), len(part), stage))
         return small
 
-    small = depth.stepwise(model, (2,), blocks, 3, train)
-    assert seen == [(3, 6, 0), (2, 5, 1), (1, 5, 2)]
+    small = depth.stepwise(model, (2,), blocks.split(6), train)
+    assert seen == [(3, 6, 0), (2, 6, 1), (1, 4, 2)]
     assert torch.equal(last_hidden(small, blocks), last_hidden(compact(model, (2,)), blocks))
-    assert len(depth.stepwise(model, (0, 1, 2), blocks, 9, train).model.layers) == 3
-    assert seen[-1] == (3, 16, 0)  # one layer goes: one stage
 
 
 # ReplaceMe
@@ -346,3 +348,43 @@ def test_no_peer_changes_the_model_it_is_given(model, moments, blocks):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert locate_layers(model)[0] == "model.layers"
+
+
+# the trainings
+
+
+@pytest.fixture
+def setting(model, blocks, make_blocks, tmp_path):
+    mean = fidelity.mean_state(model, blocks)
+    valid = fidelity.reference(model, make_blocks(2, 12, seed=5), mean)
+    how = Distillation(batch_size=4, learning_rate=1e-3, evaluate_every=2)
+    return Setting(model, blocks, {1: (2,), 2: (0, 3)}, {}, {}, valid, tmp_path, how)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_each_training_gives_a_plain_model_for_the_same_tokens(setting, name):
+    start = compact(setting.full, (0, 3))
+    if name == "masked":
+        start = sparsity.magnitude_pruned(start, 0.5)
+    found = TRAININGS[name](setting, start, 2, setting.folder, setting.training)
+    names = {key for key, _ in start.named_parameters()}
+    assert {key for key, _ in found.model.named_parameters()} == names
+    assert found.history[-1]["tokens"] == setting.blocks.numel()
+    assert len(decoder_layers(found.model)) == 2
+    if name == "masked":
+        assert sparsity.zeros(found.model) == pytest.approx(0.5)
+    moved = [key for key in names if not torch.equal(found.model.get_parameter(key), start.get_parameter(key))]
+    assert moved
+    assert ("model.embed_tokens.weight" in moved) == (name == "whole")
+
+
+def test_a_stepwise_training_is_judged_by_its_last_stage(setting):
+    found = TRAININGS["stepwise"](setting, compact(setting.full, (2,)), 1, setting.folder, setting.training)
+    steps = [look["step"] for look in found.history]
+    assert steps[-1] == len(setting.blocks) // 4
+    assert steps[0] > 0  # the looks of the stages before are not its own
+    assert len(decoder_layers(found.model)) == 1
+
+
+def test_every_method_names_a_training_that_is_there():
+    assert {method.training for method in METHODS.values()} - {"none"} <= set(TRAININGS)
