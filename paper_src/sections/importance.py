@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,9 @@ from paper_src.reporting import reported
 from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, STYLE
 from paper_src.scoring import SCORES, LayerScores, pass_name, title
+from paper_src.sections.searches import SHARE, overlap_of
 from paper_src.sections.worth import CAUSAL, redrawn_score, tau_of, taus
+from paper_src.selection import top_k
 
 
 def t1_importance(scores: LayerScores) -> pd.DataFrame:
@@ -64,6 +67,18 @@ def t1_agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200
                 interval = np.quantile(taus(redrawn[a], redrawn[b]), [0.025, 0.975])
                 row["kendall_tau_lo"], row["kendall_tau_hi"] = interval
             rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def t1_stability(scores: LayerScores, keep: Sequence[int], parts: int = 3) -> pd.DataFrame:
+    """How far the k best layers by a score are the same on other text: overlaps of the pairs of ``parts`` parts of its
+    rows, as in t2_overlap.
+    """
+    rows = []
+    for name, k in product(SCORES, keep):
+        every = min(parts, scores.rows(name))
+        found = [top_k(scores.mean(name, slice(start, None, every)), k) for start in range(every)]
+        rows.append({"score": name, "k": k, **overlap_of(list(combinations(found, 2)))})
     return pd.DataFrame(rows)
 
 
@@ -205,6 +220,10 @@ def t1_findings(read: Read, seed: int = 0) -> pd.DataFrame:
         found.add("t1_causal", f"{name}_error", error, unit="largest standard error / largest value")
     _agreement(found, read("t1_agreement").set_index(["score_a", "score_b"]), read("t1_rows"), names, seed)
     _repaired(found, read("t1_repaired"), read("t1_predicts").set_index("score"))
+    same = read("t1_stability")
+    for row in same[same["k"] == same["k"].min()].itertuples():
+        found.add("t1_stability", f"same_layers_{row.score}", row.jaccard, unit=SHARE, n=row.pairs, test="count",
+                  text=f"{row.identical} of {row.pairs}")  # fmt: skip
     return found.frame()
 
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from paper_src import coalitions
 from paper_src.reporting.findings import Findings
 from paper_src.scale.store import Store
-from paper_src.selection import Stages, kept_text, kept_tuple, of_kind
+from paper_src.selection import KeptLayers, Stages, kept_text, kept_tuple, of_kind
 
+SHARE = "layers that both keep / that either keeps, mean over pairs"
 VARIES = {"seed": "objective", "objective": "seed"}  # what differs between two searches -> what is the same
 
 
@@ -62,14 +63,15 @@ def t2_overlap(stability: pd.DataFrame, selected: pd.DataFrame) -> pd.DataFrame:
     for differs, same in VARIES.items():
         for (strategy, k), runs in stability.groupby(["strategy", "k"], sort=False):
             pairs = [pair for _, group in runs.groupby(same) for pair in combinations(group["kept"].map(kept_tuple), 2)]
-            rows.append({"strategy": strategy, "k": k, "differs": differs, **_overlap(pairs)})
+            rows.append({"strategy": strategy, "k": k, "differs": differs, **overlap_of(pairs)})
     for k, draws in selected[selected["strategy"] == "random"].groupby("k"):
         pairs = list(combinations(draws["kept"].head(50).map(kept_tuple), 2))
-        rows.append({"strategy": "random", "k": k, "differs": "draw", **_overlap(pairs)})
+        rows.append({"strategy": "random", "k": k, "differs": "draw", **overlap_of(pairs)})
     return pd.DataFrame(rows)
 
 
-def _overlap(pairs: Sequence[tuple]) -> dict[str, float]:
+def overlap_of(pairs: Sequence[tuple[KeptLayers, KeptLayers]]) -> dict[str, float]:
+    """``pairs``, mean ``jaccard`` and how many are ``identical``, of pairs of kept layers."""
     shares = [jaccard(*pair) for pair in pairs]
     return {"pairs": len(pairs), "jaccard": np.mean(shares) if shares else np.nan, "identical": shares.count(1.0)}
 
@@ -80,5 +82,5 @@ def stability(found: Findings, overlap: pd.DataFrame) -> None:
     rows = rows[rows.index.get_level_values("strategy").isin(["random", *of_kind("search")])]
     for (strategy, differs), row in rows.iterrows():
         name = "same_layers_by_chance" if strategy == "random" else f"same_layers_{differs}_{strategy}"
-        found.add("t2_overlap", name, row["jaccard"], unit="layers that both keep / that either keeps, mean over pairs",
+        found.add("t2_overlap", name, row["jaccard"], unit=SHARE,
                   n=row["pairs"], test="count", text=f"{row['identical']:.0f} of {row['pairs']:.0f}")  # fmt: skip

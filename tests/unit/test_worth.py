@@ -12,6 +12,7 @@ from paper_src import fidelity
 from paper_src.compaction import compact
 from paper_src.layers import StandIn
 from paper_src.models import decoder_layers
+from paper_src.scoring import SCORES, LayerScores
 from paper_src.sections import importance, worth
 
 
@@ -96,6 +97,17 @@ def test_rows_of_the_same_number_are_drawn_together():
     first, second = worth.redrawn(rows), worth.redrawn(2 * rows)
     np.testing.assert_allclose(second, 2 * first)
     assert not np.array_equal(first, worth.redrawn(rows, seed=1))
+
+
+def test_the_best_layers_of_each_third_by_hand():
+    rows = torch.tensor([[4.0, 3, 2, 1], [4, 3, 2, 1], [1, 2, 3, 4]], dtype=torch.float64)
+    names = {name: rows for name in SCORES if not SCORES[name].made_of} | {"fisher": rows[:1]}
+    scores = LayerScores(names, torch.zeros(5, 5), torch.ones(4))
+    table = importance.t1_stability(scores, [1, 3]).set_index(["score", "k"])
+    assert table.loc[("taylor", 1), ["pairs", "identical"]].tolist() == [3, 1]
+    assert table.loc[("taylor", 1), "jaccard"] == pytest.approx(1 / 3)
+    assert table.loc[("taylor", 3), "jaccard"] == pytest.approx((1 + 2 / 4 + 2 / 4) / 3)
+    assert table.loc[("fisher", 1), "pairs"] == 0  # one row has no parts
 
 
 def test_formulas_by_hand_on_three_layers():
