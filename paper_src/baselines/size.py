@@ -35,7 +35,7 @@ def count_of(model: PreTrainedModel) -> int:
     return sum(count for count, _ in _parts(model))
 
 
-def bytes_of(model: PreTrainedModel, bits: int | None = None) -> dict[str, int]:
+def bytes_of(model: PreTrainedModel, bits: int = 8) -> dict[str, int]:
     """``memory_bytes`` of all weights with their scales as this process holds them, ``packed_bytes``, ``disk_bytes``.
 
     ``packed_bytes`` are those of :func:`packed_bytes`, ``disk_bytes`` of what ``torch.save`` writes of the state. Tied
@@ -47,7 +47,7 @@ def bytes_of(model: PreTrainedModel, bits: int | None = None) -> dict[str, int]:
             "disk_bytes": file.getbuffer().nbytes}  # fmt: skip
 
 
-def packed_bytes(model: PreTrainedModel, bits: int | None = None) -> int:
+def packed_bytes(model: PreTrainedModel, bits: int = 8) -> int:
     """Bytes of the best packed file of the weights, tied ones once.
 
     A quantized weight takes ``bits`` / 8, each of its scales 2, each zero point ``bits`` / 8 unless all are zero.

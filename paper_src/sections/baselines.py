@@ -1,10 +1,6 @@
 """Section 7: what else one could do for the same bytes or the same speed."""
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -13,185 +9,61 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import NotSupported, distillation, timing
-from paper_src.baselines import sparsity, zero_shot
-from paper_src.baselines.methods import METHODS
-from paper_src.baselines.setting import Repaired, Setting
-from paper_src.baselines.size import bytes_of, count_of, require_alive
-from paper_src.models import count_parameters
-from paper_src.reporting.findings import Findings, Read, ends
-from paper_src.reporting.style import BLUE, GREEN, GREY, PURPLE, RED, SKY, STYLE
-from paper_src.sections.judge import Judge
-from paper_src.sections.recovery import refit, start_of
-from paper_src.support.checkpoints import run_folder
-from paper_src.support.files import replacing
-from paper_src.support.sources import sha256
+from paper_src.reporting.findings import Findings, Read, ends, spread
+from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
+from paper_src.sections.windows import losses
+from paper_src.stats import Losses, Paired, holm, paired
+
+SPEED, SHARE = "prefill_hidden_speedup", "packed_share"
+CLASSES = ("untrained", "trained here", "trained in section 5")
 
 
-@dataclass
-class Measurement:
-    """How every model is measured.
+def t7_take(frame: pd.DataFrame, speedups: Sequence[float], shares: Sequence[float]) -> pd.DataFrame:
+    """t7_take: for each budget and class of training, the row of lowest perplexity on validation text, judged on test.
 
-    Attributes:
-        judge: on test text.
-        tokenizer: of the full model.
-        items: of zero-shot tasks.
-        asked: k -> whether models of this size answer them; 0 are methods without a size.
-        workloads: what is timed; the first is the prefill.
-        rounds: timed rounds.
+    Budgets are at least a speedup of the prefill, and at most a share of the full model's float32 bytes, packed.
+    Models that were trained with more tokens are not ranked with others.
+
+    Args:
+        frame: t7_baselines.
+        speedups: times.
+        shares: in (0, 1].
     """
-
-    judge: Judge
-    tokenizer: PreTrainedTokenizerBase
-    items: Sequence[zero_shot.Items]
-    asked: Sequence[int]
-    workloads: Sequence[timing.Workload]
-    rounds: int
-
-
-def repaired(recovered: pd.DataFrame, folder: Path) -> dict[int, Repaired]:
-    """k -> the checkpoint of section 5, with its budget from t5_recovery."""
-    rows = recovered[(recovered["selection"] == "selected") & (recovered["recovery"] == "distilled")]
-    return {row.k: Repaired(folder / f"recovered_{row.k}", row.tokens, start_of(row.form)) for row in rows.itertuples()}
-
-
-class Rows:
-    """Finished rows of one setting, measurement and state of section 5, in a file from which a killed run goes on."""
-
-    def __init__(self, on: Setting, by: Measurement):
-        weights = {k: [sha256(part) for part in sorted(found.folder.glob("*.safetensors"))]
-                   for k, found in on.repaired.items()}  # fmt: skip
-        context = {
-            "training": asdict(on.training), "kept": sorted(on.kept.items()), "block_cut": sorted(on.block_cut.items()),
-            "repaired": weights, "items": [[part.task, part.rows] for part in by.items], "asked": list(by.asked),
-            "workloads": [str(work) for work in by.workloads], "rounds": by.rounds,
-        }  # fmt: skip
-        data = [on.blocks, by.judge.first.blocks, on.validation.blocks, *on.full.parameters()]
-        self.on, self.file = on, run_folder(on.folder, data, context) / "rows.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        self.rows = [json.loads(line) for line in lines]
-
-    def missing(self, jobs: Sequence[tuple[str, int, bool]]) -> list[tuple[str, int, bool]]:
-        """Those of ``jobs`` (name, k, recovered) that have no row yet."""
-        done = {(row["name"], row["k"], row["recovered"]) for row in self.rows}
-        return [job for job in jobs if job not in done]
-
-    @contextmanager
-    def row(self, name: str, k: int, recovered: bool) -> Iterator[dict[str, object]]:
-        """The row of a method, to be filled inside and written behind; ``status`` says why one has no numbers."""
-        row = described(self.on, name, k, recovered)
-        try:
-            yield row
-        except NotSupported as error:
-            row |= {"status": f"not supported: {error}", "tokens": 0}
-        self.rows.append(row)
-        with replacing(self.file) as part:
-            part.write_text("".join(json.dumps(each) + "\n" for each in self.rows))
-
-
-def described(on: Setting, name: str, k: int, recovered: bool) -> dict[str, object]:
-    """What a row of t7_baselines says of its method and of the repair that its model has had.
-
-    ``repaired_by`` is the section whose budget the repair took, ``start`` what the training started from, ``tokens``
-    are those of calibration and training; the choice of layers is not counted.
-    """
-    method = METHODS[name]
-    repair = "distilled" if recovered else method.repair
-    earlier = "repaired" in method.needs
-    start = on.repaired[k].start if earlier else "closed_form" if method.repair == "closed_form" else "as_it_is"
-    return {
-        "method": method.title, "name": name, "family": method.family, "k": k, "recovered": recovered,
-        "trained": repair == "distilled", "bits": method.bits or on.bits, "repair": repair,
-        "repaired_by": "none" if repair == "none" else "section 5" if earlier else "section 7",
-        "start": start if repair == "distilled" else "none", "tokens": on.tokens(METHODS[name].needs, k),
-    }  # fmt: skip
-
-
-def trained(on: Setting, name: str, k: int, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, object]]:
-    """``model`` after the short distillation that every method gets, and what that adds to its row."""
-    training, row = METHODS[name].training, {"tokens": on.tokens(METHODS[name].needs, k), "recovery_s": 0.0}
-    if training == "refit":
-        refitted = refit(on.full, on.kept[k], on.blocks)
-        model = refitted.model
-        row = {"start": start_of(refitted.form), "tokens": refitted.tokens, "recovery_s": refitted.seconds}
-    if training == "masked":
-        model = sparsity.masked(model)
-    found = distillation.distil(on.full, model, on.blocks, on.validation, on.folder / f"{name}_{k}", on.training)
-    row["tokens"] += int(found.history[-1]["tokens"])
-    row["recovery_s"] += found.history[-1]["seconds"]
-    return sparsity.unmasked(found.model) if training == "masked" else found.model, row
-
-
-def measured(on: Setting, by: Measurement, model: PreTrainedModel, k: int) -> dict[str, float]:
-    """Fidelity, perplexity, accuracy, bytes and speed of one model; ``<task>_speedup`` over the full one, interleaved.
-
-    Raises:
-        InputError: a layer is lost or does nothing.
-    """
-    require_alive(model, on.blocks[:1, :8])
-    row = {"parameters": count_of(model), "zeros": sparsity.zeros(model), **bytes_of(model), **by.judge.row(model)}
-    for work in by.workloads:
-        ratio = {f"speedup{end}": 1.0 for end in ("", "_lo", "_hi")}
-        if model is not on.full:
-            seconds = timing.pair_seconds(on.full, model, work, by.rounds)
-            ratio = timing.ratio_interval(np.divide(*seconds), by.judge.seed)
-        row |= {f"{work.task}_{name}": value for name, value in ratio.items()}
-    asked = by.items and (k in by.asked or model is on.full)
-    return row | (zero_shot.zero_shot(model, by.tokenizer, by.items) if asked else {})
-
-
-def t7_baselines(rows: Sequence[dict[str, object]], full: PreTrainedModel, judge: Judge) -> pd.DataFrame:
-    """t7_baselines: the full model, each method as it is, then those that were trained here.
-
-    Ratios are to the full model in its own dtype, ``*_share`` to the full model in float32.
-    """
-    frame = pd.DataFrame(rows).sort_values("recovered", kind="stable", ignore_index=True)
-    frame.loc[frame["name"] == "full", "k"] = full.config.get_text_config().num_hidden_layers
-    frame["status"] = frame["status"].fillna("") if "status" in frame else ""
-    single = 4 * count_parameters(full)
-    shares = {"memory_share": frame["memory_bytes"] / single, "disk_share": frame["disk_bytes"] / single}
-    return frame.assign(**shares, n_tokens=judge.first.blocks.numel())
-
-
-def t7_budgets(frame: pd.DataFrame, speedups: Sequence[float], shares: Sequence[float]) -> pd.DataFrame:
-    """t7_budgets: for each budget the method of lowest perplexity that meets it, of all and before any training.
-
-    Budgets are at least a speedup of the prefill, and at most a share of the full model's float32 bytes.
-    """
+    known = frame[frame["ppl_ratio"].notna()]
+    of = np.where(~known["trained"], CLASSES[0], np.where(known["recovered"], CLASSES[1], CLASSES[2]))
     rows = []
-    limits = {"prefill_hidden_speedup": speedups, "memory_share": shares}
-    for cost, limit in [(cost, limit) for cost, values in limits.items() for limit in values]:
-        meets = frame[cost] >= limit if cost.endswith("speedup") else frame[cost] <= limit
-        for name, part in (("as it is", frame[meets & ~frame["trained"]]), ("recovered or not", frame[meets])):
-            if part["ppl_ratio"].notna().any():
-                best = part.loc[part["ppl_ratio"].idxmin()].to_dict()
-                rows.append({**best, "budget": cost, "limit": limit, "of": name,
-                             **{other: np.nan for other in limits if other != cost}})  # fmt: skip
-    wanted = ["budget", "limit", "of", "method", "k", "recovered", "ppl_ratio", *limits, "name", "trained", "repair",
-              "tokens"]  # fmt: skip
+    for budget, limits in ((SPEED, speedups), (SHARE, shares)):
+        for limit in limits:
+            meets = known[budget] >= limit if budget == SPEED else known[budget] <= limit
+            for name in CLASSES:
+                if len(part := known[meets & (of == name)]):
+                    best = part.loc[part["valid_ppl_ratio"].idxmin()]
+                    rows.append({**best, "budget": budget, "limit": limit, "of": name})
+    both = [f"{name}{end}" for name in ("ppl_ratio", SPEED) for end in ("", "_lo", "_hi")]
+    wanted = ["budget", "limit", "of", "row", "method", "k", "valid_ppl_ratio", *both, SHARE, "tokens", "name"]
     return pd.DataFrame(rows).reindex(columns=wanted)
 
 
 FAMILIES = {"full": "black", "quantization": PURPLE, "sparsity": GREY, "width": GREEN, "low rank": SKY, "depth": BLUE,
-            "combination": RED}  # fmt: skip
+            "combination": RED, "control": ORANGE}  # fmt: skip
 PANELS = {
     "ppl_ratio": "perplexity / full model's",
-    "prefill_hidden_speedup": "prefill speedup",
+    SPEED: "prefill speedup",
     "decode_speedup": "decode speedup",
-    "memory_share": "bytes / float32 model's",
+    SHARE: "packed bytes / float32",
 }
 WORST = 1000  # a perplexity ratio above it is a failure
 
 
 def f7_pareto(table: pd.DataFrame) -> Figure:
-    """Every method, the best perplexity on top, with what it buys: speed beside the full model, bytes of its weights.
-    Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5. n: `n_tokens`
-    of t7_baselines; bars: 95% bootstrap over windows, for speed over timed rounds. The line is the frontier: no method
-    above it is as fast, or as small. Perplexities above 1,000 times the full model's are left out and counted.
+    """Every method, the best perplexity on top, with what it buys: speed beside the full model, bytes of its best
+    packed file. Hollow: as it is; filled: trained, by the short training of this section ("trained") or by section 5.
+    n: `n_windows` of t7_baselines; bars: 95% intervals, of perplexity by BCa bootstrap over windows, of speed by order
+    statistics of timed rounds. The line is the frontier: no method above it is as fast, or as small. Perplexities above
+    1,000 times the full model's are left out and counted; of several seeds the first is shown.
     """
-    known = table[table["ppl_ratio"].notna()]
+    known = table[table["ppl_ratio"].notna() & (table["seed"] == table["seed"].min())]
     rows = known[known["ppl_ratio"] <= WORST].sort_values("ppl_ratio", kind="stable")
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 1.4 + 0.19 * len(rows)), sharey=True)
@@ -237,44 +109,109 @@ def _staircase(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
     axis.step(best, np.arange(len(rows)), where="pre", color="black", lw=0.8, zorder=1)
 
 
-def t7_findings(read: Read) -> pd.DataFrame:
+BOOTSTRAP, SIGN_FLIP = "BCa bootstrap over windows", "sign-flip permutation over windows"
+ORDER = "order statistics of rounds"
+ROUNDS = "prefill_hidden_rounds"
+ALIKE = ["start", "tokens", "search_tokens"]
+
+
+def t7_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     """t7_findings: cut layers beside what else one could do, at the smallest size and at the largest."""
-    table, found = read("t7_baselines"), Findings()
+    table, found = read("t7_baselines"), _Found(read("t7_windows"), seed)
     table = table[table["ppl_ratio"].notna()]
     sizes = table.loc[table["family"].isin(["depth", "width"]), "k"]
-    found.add("t7_baselines", "methods_compared", table["name"].nunique() - 1, unit="methods")
+    found.add("t7_baselines", "methods_compared", table.loc[table["family"] != "full", "name"].nunique(),
+              unit="methods")  # fmt: skip
+    as_it_is = table[~table["recovered"]]
     for role, k in (("smallest", sizes.min()), ("largest", sizes.max())):
         found.add("t7_baselines", f"compared_{role}_k", k, unit="layers")
-        for name in ("cut", "width", "replace_me", "cut_repaired", "cut_repaired_int8"):
-            _method(found, f"{name}_{role}", table[(table["name"] == name) & (table["k"] == k) & ~table["recovered"]])
-    for name in ("int8_weight", "int4_unpacked", "wanda_50"):
-        _method(found, name, table[(table["name"] == name) & ~table["recovered"]])
-    after = table[table["recovered"] & (table["k"] == sizes.min())]
-    if len(after):
-        _after_the_same_recovery(found, after)
+        at = as_it_is[as_it_is["k"] == k].set_index("name", drop=False)
+        for name in ("cut", "cut_refit", "width", "width_refit", "replace_me", "cut_repaired", "cut_repaired_int8"):
+            found.method(f"{name}_{role}", at[at["name"] == name])
+        free = as_it_is[as_it_is["name"] == "int8_weight"]
+        found.over(f"cut_repaired_over_int8_{role}", at[at["name"] == "cut_repaired"], free)
+    for name in ("int8_weight", "int4_groups", "original_file", "wanda_50"):
+        found.method(name, as_it_is[as_it_is["name"] == name])
+    for suffix, k in (("", sizes.min()), ("_largest", sizes.max())):
+        found.after_the_same_recovery(table[table["recovered"] & (table["k"] == k)], suffix)
     return found.frame()
 
 
-def _method(found: Findings, role: str, rows: pd.DataFrame) -> None:
-    """Adds quality, speed, bytes and budget of the one row of t7_baselines; nothing where it is not supported here."""
-    if rows.empty:
-        return
-    row = rows.iloc[0]
-    found.add("t7_baselines", f"ppl_{role}", *ends(row, "ppl_ratio"), unit="perplexity / full", text=row["method"])
-    found.add("t7_baselines", f"speed_{role}", *ends(row, "prefill_hidden_speedup"), unit="times, prefill")
-    found.add("t7_baselines", f"bytes_{role}", row["memory_share"], unit="bytes / full model in float32")
-    found.add("t7_baselines", f"budget_{role}", row["tokens"], unit="tokens of calibration and training")
+class _Found(Findings):
+    """Findings of section 7, with tests on its windows."""
 
+    def __init__(self, windows: pd.DataFrame, seed: int):
+        super().__init__()
+        self.windows, self.seed = windows, seed
 
-def _after_the_same_recovery(found: Findings, after: pd.DataFrame) -> None:
-    """Adds what the section's own short recovery makes of each kind of method, and whether all began alike."""
-    others = after[after["family"] != "depth"]
-    for role, name in (("cut", "cut"), ("width", "width"), ("low_rank", "svd_aware"), ("replace_me", "replace_me")):
-        _method(found, f"recovered_{role}", after[after["name"] == name])
-    _method(found, "recovered_best", after.nsmallest(1, "ppl_ratio"))
-    _method(found, "recovered_best_other", others.nsmallest(1, "ppl_ratio"))
-    own = after[after["name"] == "cut"].iloc[0]
-    alike = (others["start"] == own["start"]) & (others["tokens"] == own["tokens"])
-    found.add("t7_baselines", "compared_alike", alike.sum(), n=len(others),
-              unit="methods with the start and tokens of cut layers")  # fmt: skip
-    found.add("t7_baselines", "recovery_seconds", after["recovery_s"].max(), unit="s")
+    def losses(self, rows: pd.DataFrame) -> Losses:
+        """Of each window, the mean over ``rows``, the seeds of one method."""
+        all_of = [losses(self.windows, row) for row in rows["row"]]
+        return Losses(np.mean([each.values for each in all_of], axis=0), all_of[0].of)
+
+    def paired(self, rows: pd.DataFrame, others: pd.DataFrame) -> Paired:
+        """The first's losses minus the others' on the same windows."""
+        return paired(self.losses(rows), self.losses(others), self.seed)
+
+    def method(self, role: str, rows: pd.DataFrame) -> None:
+        """Adds quality, speed, bytes and budget of a method, over its seeds; nothing where it is not supported here."""
+        if rows.empty:
+            return
+        row, unit = rows.iloc[0], "perplexity / full"
+        if set(rows["row"]) <= set(self.windows["row"]):
+            gap = self.paired(rows, pd.DataFrame({"row": ["full"]}))
+            self.add("t7_windows", f"ppl_{role}", *gap.ratio(), n=gap.n, test=BOOTSTRAP, unit=unit, text=row["method"])
+        else:
+            self.add("t7_baselines", f"ppl_{role}", row["ppl_ratio"], unit=unit, text=row["method"])
+        if not np.isnan(row[SPEED]):
+            self.add("t7_rounds", f"speed_{role}", *ends(row, SPEED), n=row[ROUNDS], test=ORDER, unit="times, prefill")
+        self.add("t7_baselines", f"bytes_{role}", row[SHARE], unit="packed bytes / full model in float32")
+        self.add("t7_baselines", f"budget_{role}", row["tokens"], unit="tokens of calibration and training")
+        if len(rows) > 1:
+            self.add("t7_baselines", f"seeds_{role}", *spread(rows["ppl_ratio"]), n=len(rows),
+                     unit=f"{unit}, median and range of seeds")  # fmt: skip
+
+    def over(self, name: str, rows: pd.DataFrame, others: pd.DataFrame, family: Sequence[float] = ()) -> None:
+        """Adds the ratio of two methods' perplexities on the same windows; nothing where one was not measured.
+
+        Args:
+            family: p-values of all tests that this one is of; of none it stands alone.
+        """
+        if rows.empty or others.empty:
+            return
+        gap = self.paired(rows, others)
+        test, p_value = SIGN_FLIP, gap.p
+        if family:
+            test, p_value = f"{SIGN_FLIP}, Holm over {len(family)}", holm(family)[list(family).index(gap.p)]
+        self.add("t7_windows", name, *gap.ratio(), n=gap.n, unit="times the perplexity", test=test, p=p_value,
+                 text=others.iloc[0]["method"])  # fmt: skip
+
+    def after_the_same_recovery(self, after: pd.DataFrame, suffix: str) -> None:
+        """Adds what the section's own short recovery makes of each kind of method of one size, cut layers beside each.
+
+        Methods that remove no whole layers are one family of tests, the controls another. The best of the others is
+        chosen on validation text.
+        """
+        of = {name: rows for name, rows in after.groupby("name", sort=False)}
+        if "cut" not in of:
+            return
+        own, by_validation = of["cut"], after.groupby("name")["valid_ppl_ratio"].mean()
+        others = [name for name, rows in of.items() if not rows["family"].isin(["depth", "control"]).any()]
+        controls = [name for name, rows in of.items() if rows["control"].all() and name not in others]
+        for role, name in (("cut", "cut"), ("width", "width"), ("low_rank", "svd_aware"), ("replace_me", "replace_me")):
+            self.method(f"recovered_{role}{suffix}", after[after["name"] == name])
+        self.method(f"recovered_best{suffix}", of[by_validation.idxmin()])
+        for family in (others, controls):
+            p_values = [self.paired(own, of[name]).p for name in family]
+            for name in family:
+                role = {"early_exit": "first_layers"}.get(name, name)
+                self.over(f"recovered_cut_over_{role}{suffix}", own, of[name], p_values)
+            if family is others and others:
+                best = of[by_validation[others].idxmin()]
+                self.method(f"recovered_best_other{suffix}", best)
+                self.over(f"recovered_cut_over_best_other{suffix}", own, best, p_values)
+        fair = after[after["name"].isin(others) & ~after["control"]].drop_duplicates("name")
+        alike = (fair[ALIKE] == own.iloc[0][ALIKE]).all(axis=1)
+        self.add("t7_baselines", f"compared_alike{suffix}", alike.sum(), n=len(fair),
+                 unit="methods with the start, tokens and search of cut layers")  # fmt: skip
+        self.add("t7_baselines", f"recovery_seconds{suffix}", after["recovery_s"].max(), unit="s")

@@ -1,5 +1,9 @@
-"""The comparison's rows: sizes on disk, what cannot run, lost layers, resumption, frontier and budgets."""
+"""The comparison's rows: bytes, equal trainings, windows, shared timings, resumption, frontier and what to take."""
 
+import dataclasses
+import math
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -7,13 +11,16 @@ from conftest import build_model
 from matplotlib import pyplot as plt
 
 from paper_src import NotSupported, distillation, timing
-from paper_src.baselines import methods, moments, quantization, size
+from paper_src.baselines import control, methods, moments, quantization, size
 from paper_src.baselines.methods import METHODS, Method
 from paper_src.baselines.setting import Repaired, Setting
+from paper_src.baselines.training import TRAININGS
 from paper_src.compaction import compact
 from paper_src.models import count_parameters, decoder_layers
-from paper_src.sections import baselines as rows
+from paper_src.sections import baselines, comparison
+from paper_src.sections.comparison import Job
 from paper_src.sections.judge import Judge
+from paper_src.sections.windows import losses, window_rows
 
 SHAPE = {"vocab_size": 300, "max_position_embeddings": 128, "num_key_value_heads": 4}
 
@@ -21,11 +28,11 @@ SHAPE = {"vocab_size": 300, "max_position_embeddings": 128, "num_key_value_heads
 @pytest.fixture
 def setting(tmp_path, make_blocks, judges):
     model = build_model("llama", **SHAPE)
-    training = distillation.Distillation(batch_size=4, evaluate_every=2, learning_rate=1e-3)
+    training = distillation.Distillation(batch_size=4, evaluate_every=2)
     repaired = {2: Repaired(tmp_path / "repaired", tokens=1000)}
-    blocks = make_blocks(16, 16, vocab=300)
-    kept = {2: (0, 3)}
-    return Setting(model, blocks, kept, kept, repaired, judges[1].first, tmp_path / "work", training)
+    blocks, kept, random = make_blocks(16, 16, vocab=300), {2: (0, 3)}, {2: (1, 3)}
+    folder, valid = tmp_path / "work", judges[1].first
+    return Setting(model, blocks, kept, kept, repaired, valid, folder, training, [1e-3], random)
 
 
 @pytest.fixture
@@ -33,25 +40,33 @@ def judges(tmp_path, tokenizer):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text("the cat sat on the mat and the dog ran " * 60)
     model = build_model("llama", **SHAPE)
-    return [Judge(model, tokenizer, [str(tmp_path)], split, (3, 16), torch.zeros(32), 0) for split in ("test", "valid")]
+    return [Judge(model, tokenizer, [str(tmp_path)], split, (3, 16), torch.zeros(32), 0, model_digest="abc")
+            for split in ("test", "valid")]  # fmt: skip
 
 
 @pytest.fixture
 def measurement(judges, tokenizer):
-    return rows.Measurement(judges[0], tokenizer, [], [], [timing.Workload("prefill_hidden", 1, 8)], 2)
+    work = [timing.Workload("prefill_hidden", 1, 8)]
+    return comparison.Measurement(*judges, tokenizer, [], [], work, 2)
 
 
 def compared(setting, measurement, jobs):
-    """The notebook's loop."""
-    finished = rows.Rows(setting, measurement)
-    for name, k, recover in finished.missing(jobs):
-        with finished.row(name, k, recover) as row:
-            small, row["calibration_s"] = METHODS[name].make(setting, k)
-            if recover:
-                small, cost = rows.trained(setting, name, k, small)
+    """The notebook's loop; its rows."""
+    finished = comparison.Rows(setting, measurement)
+    for job in finished.missing(jobs):
+        with finished.row(job) as row:
+            if job.recovered:
+                small, cost = comparison.trained(setting, job)
                 row.update(cost)
-            row.update(rows.measured(setting, measurement, small, k))
-    return rows.t7_baselines(finished.rows, setting.full, measurement.judge)
+            else:
+                small, row["calibration_s"] = METHODS[job.name].make(setting, job.k)
+            row.update(comparison.measured(setting, measurement, small, row, finished.rows))
+    return finished.rows
+
+
+def table_of(setting, measurement, jobs):
+    rows = compared(setting, measurement, jobs)
+    return comparison.t7_baselines(rows, setting.full, measurement.judge, None)
 
 
 def test_bytes_are_those_of_the_weights(setting):
@@ -108,19 +123,64 @@ def test_no_method_of_a_size_gets_more_than_the_cut_model(setting, name):
     assert size.count_of(small) <= count_parameters(compact(setting.full, (0, 3)))
 
 
+def test_packed_bytes_by_hand():
+    """4 layers of 4 maps of 32 x 32 and 3 of 32 x 48; norms and the tied embedding stay in float32."""
+    model = build_model("llama", **SHAPE, tie_word_embeddings=True)
+    inside = 4 * (4 * 32 * 32 + 3 * 32 * 48)
+    outputs = 4 * (4 * 32 + 48 + 48 + 32)
+    rest = size.count_of(model) - inside
+    assert size.packed_bytes(model) == 4 * (inside + rest)
+    int8 = quantization.torchao_quantized(model, "int8_weight")
+    assert size.packed_bytes(int8, 8) == inside + 2 * outputs + 4 * rest  # a 16-bit scale a row, no zero
+    assert size.bytes_of(int8, 8)["packed_bytes"] < size.bytes_of(int8, 8)["memory_bytes"]
+
+
+def test_int4_in_groups_packs_a_scale_and_a_zero_a_group():
+    model = build_model("llama", **SHAPE, hidden_size=64, intermediate_size=128)
+    inside = sum(part.weight.numel() for _, part in moments.linears(model))
+    groups = sum(part.weight.numel() // quantization.group_of(part.in_features) for _, part in moments.linears(model))
+    small = quantization.int4_groups(model)
+    rest = 4 * (size.count_of(model) - inside)
+    assert size.packed_bytes(small, 4) == inside // 2 + 2 * groups + groups // 2 + rest
+
+
+def test_zeros_are_packed_with_a_bit_each_where_that_is_less():
+    model = build_model("llama", **SHAPE)
+    _, linear = next(moments.linears(model))
+    before = size.packed_bytes(model)
+    linear.weight.data[:, : linear.in_features // 2] = 0
+    numbers = linear.weight.numel()
+    assert before - size.packed_bytes(model) == 4 * numbers - (numbers // 8 + 4 * numbers // 2)
+
+
+def test_the_file_that_the_weights_come_from_is_a_row(tmp_path, setting, measurement):
+    (tmp_path / "model.Q4_1.gguf").write_bytes(b"x" * 1000)
+    assert size.original_file(str(tmp_path)) == tmp_path / "model.Q4_1.gguf"
+    row = comparison.original_row(size.original_file(str(tmp_path / "model.Q4_1.gguf")), setting.full)
+    rows = compared(setting, measurement, [Job("full", 0)])
+    found = comparison.t7_baselines(rows, setting.full, measurement.judge, row).set_index("row")
+    assert found.loc["original_file", "packed_share"] == 1000 / (4 * size.count_of(setting.full))
+    assert found.loc["original_file", ["method", "ppl_ratio", "k"]].tolist() == ["original file, Q4_1", 1.0, 4]
+    assert math.isnan(found.loc["original_file", "prefill_hidden_speedup"])
+    (tmp_path / "a.safetensors").touch()
+    assert size.original_file(str(tmp_path)) is None
+    assert comparison.original_row(None, setting.full) is None
+
+
 def test_every_entry_says_where_it_is_from_and_what_it_is():
     for name, method in METHODS.items():
         assert method.source or name == "full"
-        assert method.family in rows.FAMILIES
-        assert method.training in ("none", "plain", "masked", "refit")
+        assert method.family in baselines.FAMILIES
+        assert method.training in ("none", *TRAININGS)
+        assert method.start in ("as_it_is", "closed_form", "random")
     assert len({method.title for method in METHODS.values()}) == len(METHODS)
 
 
 def test_a_new_method_is_a_function_and_an_entry(setting, measurement, monkeypatch):
     toy = Method("toy", "depth", "here", lambda on, k: compact(on.full, (1, 2)), sized=True, training="plain")
     monkeypatch.setitem(methods.METHODS, "toy", toy)
-    found = compared(setting, measurement, [("full", 0, False), ("toy", 2, False), ("toy", 2, True)])
-    assert found["name"].tolist() == ["full", "toy", "toy"]
+    found = table_of(setting, measurement, [Job("full", 0), Job("toy", 2), Job("toy", 2, True)])
+    assert found["row"].tolist() == ["full", "toy k=2", "toy k=2 trained s0"]
     assert found["k"].tolist() == [4, 2, 2]
     assert found["ppl_ratio"].notna().all()
 
@@ -137,19 +197,46 @@ def test_a_killed_comparison_goes_on_from_its_rows(setting, measurement, monkeyp
 
         monkeypatch.setitem(methods.METHODS, name, Method(name, "depth", "here", make, sized=True))
 
-    jobs = [("full", 0, False), ("a", 2, False), ("b", 2, False)]
+    jobs = [Job("full", 0), Job("a", 2), Job("b", 2)]
     method("a"), method("b", stop=True)
     with pytest.raises(KeyboardInterrupt):
         compared(setting, measurement, jobs)
     method("b")
-    found = compared(setting, measurement, jobs)
+    found = table_of(setting, measurement, jobs)
     assert calls == ["a", "b", "b"]
     assert found["method"].tolist() == ["full model", "a", "b"]
     assert found.loc[1, "ppl_ratio"] == found.loc[2, "ppl_ratio"]
-    assert compared(setting, measurement, jobs).equals(found)  # until its folder goes
+    assert found["timed_as"].tolist()[1:] == ["a k=2", "a k=2"]  # also over the kill
+    assert table_of(setting, measurement, jobs).equals(found)  # until its folder goes
     assert calls == ["a", "b", "b"]
     measurement.rounds += 1  # another measurement: all anew
-    assert rows.Rows(setting, measurement).missing(jobs) == jobs
+    assert comparison.Rows(setting, measurement).missing(jobs) == jobs
+
+
+def test_each_seed_is_a_row_and_a_training_leaves_no_models_behind(setting, measurement):
+    jobs = [Job("cut", 2, True, seed) for seed in (0, 1)]
+    rows = compared(setting, measurement, jobs)
+    assert [row["row"] for row in rows] == ["cut k=2 trained s0", "cut k=2 trained s1"]
+    assert rows[0]["nll_nats"] != rows[1]["nll_nats"]
+    assert list(setting.folder.rglob("*.safetensors")) == []
+    assert comparison.Rows(setting, measurement).missing([*jobs, Job("cut", 2, True, 2)]) == [Job("cut", 2, True, 2)]
+
+
+def test_the_search_takes_the_rate_of_lowest_validation_loss(setting, monkeypatch):
+    seen = {}
+
+    def train(on, model, k, folder, how):
+        loss = {1e-4: 2.0, 1e-3: 1.0, 1e-2: 3.0}[how.learning_rate]
+        seen[how.learning_rate] = compact(model, (0,))
+        looks = [{"kl_nats": 4.0, "tokens": 0, "seconds": 0}, {"kl_nats": loss, "tokens": 100, "seconds": 2.0}]
+        return distillation.Distilled(seen[how.learning_rate], looks)
+
+    monkeypatch.setitem(TRAININGS, "plain", train)
+    model, row = comparison.trained(dataclasses.replace(setting, rates=[1e-4, 1e-3, 1e-2]), Job("cut", 2, True))
+    assert model is seen[1e-3]
+    assert (row["learning_rate"], row["valid_kl_nats"]) == (1e-3, 1.0)
+    assert (row["tokens"], row["search_tokens"]) == (256 + 100, 256 + 300)  # the closed form's, once
+    assert row["start"] == "closed_form"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
@@ -159,7 +246,7 @@ def test_rows_are_not_taken_from_another_checkpoint(setting, measurement, name):
     folder.mkdir()
     for weights in (b"one", b"one", b"two"):
         (folder / name).write_bytes(weights)
-        files.append(rows.Rows(setting, measurement).file)
+        files.append(comparison.Rows(setting, measurement).file)
     assert files[0] == files[1] != files[2]
 
 
@@ -168,10 +255,9 @@ def test_rows_before_and_after_recovery_and_what_is_not_supported(setting, measu
         raise NotSupported("no kernel")
 
     monkeypatch.setitem(methods.METHODS, "int4_weight", Method("int4", "quantization", "here", refuse, bits=4))
-    jobs = [("full", 0, False), ("int4_weight", 0, False), ("wanda_50", 0, False), ("wanda_50", 0, True),
-            ("cut", 2, False), ("cut", 2, True)]  # fmt: skip
-    found = compared(setting, measurement, jobs)
-    assert found["method"].tolist() == ["full model", "int4", "Wanda 50%", "layers cut", "Wanda 50%", "layers cut"]
+    jobs = [Job("full", 0), Job("int4_weight", 0), Job("wanda_50", 0), Job("wanda_50", 0, True), Job("cut", 2),
+            Job("cut", 2, True), Job("width", 2, True)]  # fmt: skip
+    found = table_of(setting, measurement, jobs)
     table = found.set_index(["name", "recovered"])
     assert table.loc[("int4_weight", False), "status"] == "not supported: no kernel"
     assert table.loc[("int4_weight", False), ["ppl_ratio", "memory_bytes", "prefill_hidden_speedup"]].isna().all()
@@ -180,7 +266,7 @@ def test_rows_before_and_after_recovery_and_what_is_not_supported(setting, measu
     for name in ("wanda_50", "cut"):
         assert table.loc[(name, True), "kl_nats"] < table.loc[(name, False), "kl_nats"]
         assert table.loc[(name, True), "parameters"] == table.loc[(name, False), "parameters"]
-    assert (found["status"] == "").sum() == 5
+    assert (found["status"] == "").sum() == 6
     wanted = ["trained", "bits", "repair", "repaired_by", "start", "tokens"]
     said = {key: table.loc[key, wanted].tolist() for key in table.index}
     assert said[("full", False)] == [False, 32, "none", "none", "none", 0]
@@ -188,36 +274,164 @@ def test_rows_before_and_after_recovery_and_what_is_not_supported(setting, measu
     assert said[("wanda_50", False)] == [False, 32, "none", "none", "none", 256]
     assert said[("wanda_50", True)] == [True, 32, "distilled", "section 7", "as_it_is", 512]
     assert said[("cut", False)] == [False, 32, "none", "none", "none", 0]
-    assert said[("cut", True)] == [True, 32, "distilled", "section 7", "closed_form", 512]
+    assert said[("cut", True)] == said[("width", True)] == [True, 32, "distilled", "section 7", "closed_form", 512]
+
+
+def test_windows_of_every_row_are_kept(setting, measurement):
+    rows = compared(setting, measurement, [Job("full", 0), Job("cut", 2)])
+    found = comparison.t7_windows(rows)
+    for row in rows:
+        own = losses(found, row["row"])
+        assert own.values.mean() == pytest.approx(row["nll_nats"])
+        assert len(own.values) == 3
+    assert losses(found, "cut k=2").of == losses(found, "full").of
+
+
+def test_models_of_one_shape_share_one_timing(setting, measurement, monkeypatch):
+    timed = []
+
+    def pair(full, small, work, rounds, seed):
+        timed.append(small)
+        return timing.speed_row([2.0] * rounds, [1.0] * rounds), [(2.0, 1.0)] * rounds
+
+    monkeypatch.setattr(timing, "compare_pair", pair)
+    names = ["full", "int8_weight", "wanda_50"], ["cut", "early_exit", "random_weights", "width"]
+    rows = compared(
+        setting, measurement, [Job(name, k) for k, part in zip((0, 2), names, strict=True) for name in part]
+    )
+    assert len(timed) == 4
+    table = comparison.t7_baselines(rows, setting.full, measurement.judge, None).set_index("name")
+    assert table.loc[["cut", "early_exit", "random_weights"], "timed_as"].tolist() == ["cut k=2"] * 3
+    assert table.loc[["int8_weight", "wanda_50", "width"], "timed_as"].tolist() == [
+        "int8_weight",
+        "wanda_50",
+        "width k=2",
+    ]
+    assert table.loc["random_weights", "prefill_hidden_speedup"] == 2
+    rounds = comparison.t7_rounds(rows)
+    assert rounds["row"].tolist() == [
+        name for name in ("int8_weight", "wanda_50", "cut k=2", "width k=2") for _ in "12"
+    ]
+    assert (rounds["full_s"] / rounds["small_s"] == 2).all()
+
+
+def test_random_weights_have_the_shape_of_the_cut_model_and_nothing_else_of_it(setting):
+    cut = compact(setting.full, (0, 3))
+    before = {name: value.clone() for name, value in setting.full.state_dict().items()}
+    one, other, again = (control.random_weights(setting.full, (0, 3), seed) for seed in (0, 1, 0))
+    assert count_parameters(one) == count_parameters(cut)
+    head = [torch.equal(model.lm_head.weight, again.lm_head.weight) for model in (one, other, cut)]
+    assert head == [True, False, False]
+    ids = setting.blocks[:2]
+    assert one(ids).logits.sub(cut(ids).logits).abs().max() > 0.01
+    layers = control.random_layers(setting.full, (0, 3), 0)
+    assert torch.equal(layers.lm_head.weight, setting.full.lm_head.weight)
+    assert not torch.equal(decoder_layers(layers)[0].mlp.down_proj.weight, decoder_layers(cut)[0].mlp.down_proj.weight)
+    for name, value in setting.full.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_random_weights_are_trained_with_their_embedding(setting):
+    start = control.random_weights(setting.full, (0, 3), 0)
+    model, row = comparison.trained(setting, Job("random_weights", 2, True))
+    assert row["start"] == "random"
+    changed = [not torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True)]
+    assert all(changed)
 
 
 def test_what_section_5_repaired_says_so(setting):
-    row = rows.described(setting, "cut_repaired_int8", 2, recovered=False)
+    row = comparison.described(setting, Job("cut_repaired_int8", 2))
     wanted = {"trained": True, "bits": 8, "repair": "distilled", "repaired_by": "section 5", "start": "closed_form",
               "tokens": 1000}  # fmt: skip
     assert {key: row[key] for key in wanted} == wanted
-    assert rows.described(setting, "replace_me", 2, recovered=False)["repaired_by"] == "section 7"
+    assert comparison.described(setting, Job("replace_me", 2))["repaired_by"] == "section 7"
+
+
+def test_the_best_cut_is_that_of_lowest_perplexity(setting, measurement):
+    draws = [(0, 3), (1, 2), (2, 3)]
+    ratios = [measurement.valid.ppl_ratio(compact(setting.full, kept)) for kept in draws]
+    assert comparison.best_cut(setting.full, draws, measurement.valid) == draws[int(np.argmin(ratios))]
+
+
+def test_more_windows_than_fit_are_judged_by_losses_alone(judges, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("paper_src.sections.judge.ALL_METRICS", 32)
+    model = build_model("llama", **SHAPE)
+    small = compact(model, (0, 3))
+    few = Judge(model, tokenizer, [str(tmp_path)], "test", (3, 16), torch.zeros(32), 0)
+    found, whole = few.compare(small), judges[0].compare(small)
+    for name, values in next(iter(whole.values())).items():
+        own = next(iter(found.values()))[name]
+        assert own == pytest.approx(values if name in ("nll_nats", "cosine") else values[:2])
+    assert few.summary(found)["ppl_ratio"] == pytest.approx(judges[0].row(small)["ppl_ratio"])
 
 
 def test_the_staircase_goes_over_what_nothing_better_beats():
     rows_by_quality = pd.DataFrame({"decode_speedup": [1.0, 0.5, 3.0, 2.0], "memory_share": [0.5, 1.0, 0.4, 0.6]})
     for cost, expected in {"decode_speedup": [1, 1, 3, 3], "memory_share": [0.5, 0.5, 0.4, 0.4]}.items():
         _, axis = plt.subplots()
-        rows._staircase(axis, rows_by_quality, cost)
+        baselines._staircase(axis, rows_by_quality, cost)
         assert axis.lines[0].get_xdata().tolist() == expected
         plt.close()
 
 
-def test_budgets_name_the_best_that_meets_them():
-    frame = pd.DataFrame({
-        "method": ["full model", "a", "b", "b", "c"], "k": [4, 0, 2, 2, 2], "name": ["full", "a", "b", "b", "c"],
-        "recovered": [False, False, False, True, False], "trained": [False, False, False, True, True],
-        "ppl_ratio": [1.0, 1.2, 9.0, 2.0, 1.5],
-        "prefill_hidden_speedup": [1.0, 1.0, 3.5, 3.5, 3.5], "memory_share": [1.0, 0.25, 0.2, 0.2, 0.2],
-    })  # fmt: skip
-    found = rows.t7_budgets(frame, [1.3, 2.0, 3.0], [0.5, 0.25, 0.15]).set_index(["budget", "limit", "of"])
-    assert found.loc[("prefill_hidden_speedup", 3.0, "as it is"), "method"] == "b"
-    assert not found.loc[("prefill_hidden_speedup", 3.0, "as it is"), "recovered"]
-    assert found.loc[("prefill_hidden_speedup", 3.0, "recovered or not"), "method"] == "c"
-    assert found.loc[("memory_share", 0.25, "as it is"), "method"] == "a"
-    assert ("memory_share", 0.15, "as it is") not in found.index
+def table(*rows):
+    """Rows (name, class, validation, test, speed, share) of t7_baselines."""
+    frame = pd.DataFrame(rows, columns=["name", "of", "valid_ppl_ratio", "ppl_ratio", baselines.SPEED, baselines.SHARE])
+    trained, recovered = frame["of"] != "untrained", frame["of"] == "trained here"
+    return frame.assign(row=frame["name"], method=frame["name"], k=2, trained=trained, recovered=recovered, tokens=9)
+
+
+def test_what_to_take_is_chosen_on_validation_text_and_judged_on_test():
+    frame = table(("a", "untrained", 1.1, 1.9, 3.0, 0.4), ("b", "untrained", 1.2, 1.0, 3.0, 0.4),
+                  ("c", "trained here", 1.5, 1.5, 3.5, 0.2), ("d", "trained in section 5", 1.01, 1.01, 3.5, 0.2),
+                  ("e", "untrained", 1.3, 1.3, np.nan, 0.1))  # fmt: skip
+    found = baselines.t7_take(frame, [2.0, 3.2], [0.5, 0.15]).set_index(["budget", "limit", "of"])
+    speed, share = baselines.SPEED, baselines.SHARE
+    assert found.loc[(speed, 2.0, "untrained"), ["row", "valid_ppl_ratio", "ppl_ratio"]].tolist() == ["a", 1.1, 1.9]
+    assert found.loc[(share, 0.5, "trained here"), "row"] == "c"  # not d, which has seen more
+    assert found.loc[(share, 0.5, "trained in section 5"), "row"] == "d"
+    assert found.loc[(share, 0.15, "untrained"), "row"] == "e"
+    assert (speed, 3.2, "untrained") not in found.index  # what has no speed meets none
+
+
+def findings(gaps, tokens=None, **valid):
+    """t7_findings of trained rows whose losses on 16 windows exceed the full model's by ``gaps`` (name -> nats)."""
+    base = np.random.default_rng(0).normal(3, 0.5, 16)
+    noise = {name: np.random.default_rng(index + 1).normal(0, 0.02, 16) for index, name in enumerate(gaps)}
+    blocks = torch.zeros(16, 8, dtype=torch.long)
+    parts = [window_rows("full", "text", blocks, "m", {"nll_nats": base})]
+    rows = []
+    for name, gap in gaps.items():
+        nll = base + gap + noise[name]
+        parts.append(window_rows(f"{name} k=2 trained s0", "text", blocks, "m", {"nll_nats": nll}))
+        method = METHODS[name]
+        start = "random" if method.start == "random" else "closed_form"
+        rows.append({"row": f"{name} k=2 trained s0", "name": name, "method": method.title, "family": method.family,
+                     "k": 2, "recovered": True, "trained": True, "control": method.control, "start": start,
+                     "tokens": (tokens or {}).get(name, 512), "search_tokens": 1024, "recovery_s": 1.0,
+                     "ppl_ratio": math.exp(gap), "valid_ppl_ratio": valid.get(name, math.exp(gap)),
+                     **{f"prefill_hidden_{key}": 2.0 for key in ("speedup", "speedup_lo", "speedup_hi", "rounds")},
+                     baselines.SHARE: 0.4})  # fmt: skip
+    tables = {"t7_baselines": pd.DataFrame(rows), "t7_windows": pd.concat(parts, ignore_index=True)}
+    return baselines.t7_findings(tables.__getitem__).set_index("name")
+
+
+def test_findings_compare_with_the_best_on_validation_text_by_paired_tests():
+    found = findings({"cut": 1.0, "width": 1.2, "svd_aware": 1.3, "random_weights": 4.0, "early_exit": 1.02},
+                     svd_aware=1.0)  # fmt: skip
+    best = found.loc["recovered_cut_over_best_other"]
+    assert best["text"] == METHODS["svd_aware"].title  # width is better on test text alone
+    assert best["value"] == pytest.approx(math.exp(-0.3), rel=0.02)
+    assert best["lo"] < best["value"] < best["hi"] < 1
+    assert best["n"] == 16
+    assert best["test"].endswith("Holm over 2")
+    assert found.loc["recovered_cut_over_random_weights", "test"].endswith("Holm over 2")
+    assert found.loc["recovered_cut_over_first_layers", "value"] == pytest.approx(math.exp(-0.02), rel=0.03)
+    assert found.loc["compared_alike", ["value", "n"]].tolist() == [2, 2]
+    assert found.loc["ppl_recovered_cut", "value"] == pytest.approx(math.e, rel=0.02)
+    assert found.loc["speed_recovered_cut", ["n", "test"]].tolist() == [2, "order statistics of rounds"]
+
+
+def test_methods_of_another_budget_are_not_alike():
+    found = findings({"cut": 1.0, "width": 1.2, "svd_aware": 1.3}, tokens={"width": 600})
+    assert found.loc["compared_alike", ["value", "n"]].tolist() == [1, 2]
