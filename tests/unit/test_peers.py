@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import build_model
@@ -19,6 +20,7 @@ from paper_src.baselines.training import TRAININGS
 from paper_src.compaction import compact
 from paper_src.distillation import Distillation
 from paper_src.models import count_parameters, decoder_layers, last_hidden, locate_layers
+from paper_src.sections import peers
 
 
 @pytest.fixture
@@ -388,3 +390,33 @@ def test_a_stepwise_training_is_judged_by_its_last_stage(setting):
 
 def test_every_method_names_a_training_that_is_there():
     assert {method.training for method in METHODS.values()} - {"none"} <= set(TRAININGS)
+
+
+# released figures
+
+
+def fidelity_table(rows):
+    rows = [{"strategy": "full", "k": 30, "ppl": 30.0, "ppl_ratio": 1.0}, *rows]
+    return pd.DataFrame(rows).assign(ppl_ratio_lo=0.9, ppl_ratio_hi=1.1)
+
+
+def test_released_selections_stand_beside_ours_of_the_same_name_and_size():
+    table = fidelity_table([
+        {"strategy": "sleb", "k": 15, "ppl": 300.0, "ppl_ratio": 10.0},
+        {"strategy": "evopress", "k": 22, "ppl": 90.0, "ppl_ratio": 3.0},
+        {"strategy": "evopress_paper", "k": 22, "ppl": 60.0, "ppl_ratio": 2.0},
+    ])  # fmt: skip
+    found = peers.t4_peers(table, "smollm2-135m-instruct").set_index(["name", "k"])
+    sleb = found.loc[("sleb", 15)]
+    assert sleb["released_ratio"] == pytest.approx(375 / 29.17)
+    assert sleb["ratio"] == pytest.approx(10 / (375 / 29.17))
+    assert found.loc[("evopress_paper", 22), "ppl_ratio"] == 2.0  # the budget of the released run
+    assert found["ppl_ratio"].notna().sum() == 2
+    assert len(found) == 16
+
+
+def test_another_model_is_not_compared_with_released_figures():
+    table = fidelity_table([{"strategy": "sleb", "k": 15, "ppl": 300.0, "ppl_ratio": 10.0}])
+    found = peers.t4_peers(table, "tiny")
+    assert found["ppl_ratio"].isna().all()
+    assert found["released_ppl"].notna().all()
