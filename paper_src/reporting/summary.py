@@ -132,10 +132,10 @@ def recommender_rows(read: Read) -> list[dict]:
 
 
 def method_rows(read: Read) -> list[dict]:
-    """What has no size, and at the smallest k what was trained: by the same short recovery, or by section 5."""
+    """What has no size, and at the smallest k what was trained, of the first seed: alike, or by section 5."""
     table = read("t7_baselines")
-    table = table[table["ppl_ratio"].notna()]
+    table = table[table["ppl_ratio"].notna() & (table["seed"] == 0)]
     k = table.loc[table["family"].isin(["depth", "width"]), "k"].min()
-    free = table["name"].isin(["int8_weight", "int4_unpacked", "wanda_50"]) & ~table["recovered"]
+    free = table["name"].isin(["original_file", "int8_weight", "int4_groups"]) & ~table["recovered"]
     rows = table[free | ((table["k"] == k) & table["trained"])].sort_values(["tokens", "ppl_ratio"], kind="stable")
     return rows.to_dict("records")
