@@ -107,7 +107,7 @@ def colour(strategy: str) -> str:
 def f2_selection(selected: pd.DataFrame, strategies: pd.DataFrame, k: int, depth: int) -> Figure:
     """Which layers are kept at the smallest k: each different selection once, the best first, with its perplexity on
     validation text (n: `valid_blocks` windows) as a multiple of the full model's; below them those that were not judged
-    on it. Dashed: the mean of the random selections.
+    on it. Dashed: the mean of random selections (n: `judged_draws`).
 
     Args:
         selected: t2_selection.
@@ -183,7 +183,7 @@ def _log_with_room(axis: Axes) -> None:
 def f2_strategies(strategies: pd.DataFrame) -> Figure:
     """Perplexity on validation text (n: `valid_blocks` windows) of every strategy, a panel for each k, the best on
     average first; beside each dot what finding it cost, in thousands of tokens through the full model; ringed: the best
-    at its k. Intervals on test text are in t4_strategies.
+    at its k. Random: the mean of `judged_draws` selections. Intervals on test text are in t4_fidelity.
 
     Args:
         strategies: t2_strategies.

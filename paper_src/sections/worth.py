@@ -107,7 +107,8 @@ def t1_repaired(worth: dict[str, np.ndarray], maps: Sequence[Tensor], sums: Sequ
 def t1_predicts(scores: LayerScores, worth: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
     """Kendall's tau of each score with the loss without a layer, before and after a linear map takes its place.
 
-    The 95% intervals are percentile bootstraps over the rows of the score and over the windows.
+    The 95% intervals are percentile bootstraps over the rows of the score and over the windows, of which there are few:
+    redrawing adds to the noise, so that the interval of a tau can lie below it.
     """
     rows = []
     for name in SCORES:
