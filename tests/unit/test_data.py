@@ -74,6 +74,27 @@ def test_no_blocks_and_no_tokens_are_refused(tokenizer, count, length, refused):
         token_blocks(tokenizer, TEXT, count, length, seed=0)
 
 
+def test_windows_of_the_whole_text_cover_every_token_once(tokenizer):
+    text = TEXT[: 19 * 12 + 7]  # behind <s>, one token is one character: twelve windows, and a rest of 7
+    found = data.windows(tokenizer, text, count=0, length=20, seed=3)
+    assert found.shape == (12, 20) and found.dtype == torch.int64
+    assert (found[:, 0] == tokenizer.bos_token_id).all()
+    assert "".join(tokenizer.decode(window[1:]) for window in found) == text[: 19 * 12]
+    tokenizer.backend_tokenizer.post_processor = None
+    plain = data.windows(tokenizer, text, count=0, length=5, seed=3)
+    assert plain.flatten().tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_some_windows_are_token_blocks(tokenizer):
+    assert torch.equal(data.windows(tokenizer, TEXT, 6, 20, seed=1), token_blocks(tokenizer, TEXT, 6, 20, seed=1))
+
+
+@pytest.mark.parametrize("length", [1, 42])
+def test_windows_that_no_text_fills_are_refused(tokenizer, refused, length):
+    with refused(f"windows of {length} tokens of a text of 40: give a length it holds, of 2 or more"):
+        data.windows(tokenizer, TEXT[:40], count=0, length=length, seed=0)
+
+
 def test_text_of_a_folder_comes_with_its_digest(tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(f"the {split} größe", encoding="utf-8")

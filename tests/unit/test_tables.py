@@ -3,14 +3,12 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy.stats import kendalltau
 
 from paper_src import scoring
 from paper_src.coalitions import Cost, ShapleyValues
-from paper_src.sections import fidelity as fidelity_section
 from paper_src.sections import importance as importance_section
 from paper_src.sections import selection as selection_section
 from paper_src.sections import worth as worth_section
@@ -94,23 +92,3 @@ def test_saturation_sums_up_coalitions_of_each_size():
     assert table.loc[2, "nll_nats_median"] == 2
     assert table.loc[2, "nll_capped_nats_median"] == 2
     assert table.loc[2, "nll_nats_p90"] == pytest.approx(4.4)  # between 2 and 5
-
-
-def test_on_long_text_the_interval_is_of_the_paired_difference():
-    hard = np.array([1.0, 5.0, 9.0])  # blocks differ by far more than the two models do
-    measured = {
-        "0 1": {"nll_nats": hard, "cosine": np.ones(3)},
-        "0": {"nll_nats": hard + 0.5, "cosine": np.array([0.1, 0.2, 0.3])},
-        "1": {"nll_nats": hard + np.array([0.0, 1.0, 2.0]), "cosine": np.zeros(3)},
-    }
-    strategies = pd.DataFrame({
-        "strategy": ["a", "b", "random"], "score": None, "k": 1, "kept": ["1", "0", None],
-        "chosen": [False, True, None],
-    })  # fmt: skip
-    frame = fidelity_section.t4_strategies(measured, strategies, torch.zeros(3, 4), seed=0).set_index("strategy")
-    assert list(frame.index) == ["b", "a"]  # the random rows are no selection; best first
-    assert frame.loc["b", ["ppl_ratio", "ppl_ratio_lo", "ppl_ratio_hi"]].tolist() == pytest.approx([math.exp(0.5)] * 3)
-    assert frame.loc["a", "ppl_ratio"] == pytest.approx(math.e)
-    assert 1 <= frame.loc["a", "ppl_ratio_lo"] < math.e < frame.loc["a", "ppl_ratio_hi"] <= math.exp(2)
-    assert frame.loc["b", "cosine"] == pytest.approx(0.2)
-    assert (frame["n_tokens"] == 12).all()

@@ -28,6 +28,16 @@ def test_two_rows_are_tested_against_each_other(table, tmp_path):
     assert (found.difference, found.n) == (2.0, 3)
 
 
+def test_cosines_are_tested_like_losses():
+    cosines = {"full": [1.0, 1.0, 1.0], "0 1": [0.5, 0.25, 0.75]}
+    table = pd.concat([
+        windows.window_rows(row, "a", BLOCKS, MODEL, {"nll_nats": np.zeros(3), "cosine": np.array(values)})
+        for row, values in cosines.items()
+    ])  # fmt: skip
+    pair = [windows.losses(table, row, metric="cosine") for row in cosines]
+    assert stats.paired(*pair).difference == 0.5
+
+
 def test_rows_on_different_windows_are_no_pair(table):
     other = windows.window_rows("0 2", "wikitext-2", BLOCKS + 1, MODEL, {"nll_nats": np.ones(3)})
     both = pd.concat([table, other])
