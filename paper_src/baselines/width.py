@@ -17,10 +17,9 @@ def width_pruned(
 ) -> PreTrainedModel:
     """The model with fewer MLP neurons and attention groups in every layer, of at most so many ``parameters``.
 
-    Neurons and whole groups of query heads, with their key and value head, of the least score are removed: a standard
-    checkpoint. The share of groups that stays is the one nearest to the share of neurons that the size then allows, of
-    those that divide the hidden size, as transformers asks. With x_u the inputs that a unit u gives to the output
-    matrix W of its part (``down_proj``, ``o_proj``):
+    Units of the least score go, neurons or groups of query heads with their key and value head: a standard checkpoint.
+    The share of groups that stays is the one nearest to the share of neurons that the size then allows, of those that
+    divide the hidden size, as transformers asks. x_u is what unit u gives to its part's output matrix W.
 
     Args:
         score: ``norm``, E |W_u x_u|^2; or ``fluctuation``, sum over j in u of var(x_j) |W_j|^2 (FLAP,
@@ -33,20 +32,18 @@ def width_pruned(
         InputError: ``parameters`` leaves no neuron.
     """
     small = copy.deepcopy(model)
-    path, layers = locate_layers(small)
+    (path, layers), config = locate_layers(small), small.config.get_text_config()
     if repair == "bias":
-        _add_biases_(small.config.get_text_config(), layers)
-    config = small.config.get_text_config()
+        _add_biases_(config, layers)
     groups, neurons = _widths(small, layers, parameters)
     heads = config.num_attention_heads // config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index, layer in enumerate(layers):
-        attention, mlp = layer.self_attn, layer.mlp
         name = f"{path}.{index}.mlp.down_proj"
-        kept = _best(mlp.down_proj, name, moments, 1, neurons, score)
-        _narrow_(mlp.gate_proj, rows=kept), _narrow_(mlp.up_proj, rows=kept)
-        _cut_inputs_(mlp.down_proj, name, moments, kept, repair)
-        name = f"{path}.{index}.self_attn.o_proj"
+        kept = _best(layer.mlp.down_proj, name, moments, 1, neurons, score)
+        _narrow_(layer.mlp.gate_proj, rows=kept), _narrow_(layer.mlp.up_proj, rows=kept)
+        _cut_inputs_(layer.mlp.down_proj, name, moments, kept, repair)
+        attention, name = layer.self_attn, f"{path}.{index}.self_attn.o_proj"
         best = _best(attention.o_proj, name, moments, heads * size, groups, score)
         query, key = (torch.cat([torch.arange(n * g, n * g + n) for g in best.tolist()]) for n in (heads * size, size))
         _narrow_(attention.q_proj, rows=query)

@@ -46,7 +46,9 @@ def test_moments_are_the_mean_outer_product_of_inputs(model, make_blocks):
     hook.remove()
     expected = seen[0].T @ seen[0] / blocks.numel()
     assert torch.allclose(found["model.layers.1.mlp.down_proj"], expected, atol=1e-5)
+    assert torch.allclose(found.means["model.layers.1.mlp.down_proj"], seen[0].mean(0), atol=1e-6)
     assert found["model.layers.1.mlp.up_proj"] is found["model.layers.1.mlp.gate_proj"]
+    assert found.means["model.layers.1.mlp.up_proj"] is found.means["model.layers.1.mlp.gate_proj"]
     assert len(found) == 4 * 7
 
 
