@@ -219,7 +219,7 @@ def t1_findings(read: Read, seed: int = 0) -> pd.DataFrame:
         error = causal[f"{name}_se"].max() / causal[name].abs().max()
         found.add("t1_causal", f"{name}_error", error, unit="largest standard error / largest value")
     _agreement(found, read("t1_agreement").set_index(["score_a", "score_b"]), read("t1_rows"), names, seed)
-    _repaired(found, read("t1_repaired"), read("t1_predicts").set_index("score"))
+    _repaired(found, read("t1_repaired"), read("t1_predicts").set_index("score"), read("t1_rows"), seed)
     same = read("t1_stability")
     for row in same[same["k"] == same["k"].min()].itertuples():
         found.add("t1_stability", f"same_layers_{row.score}", row.jaccard, unit=SHARE, n=row.pairs, test="count",
@@ -272,7 +272,7 @@ def _agreement(found: Findings, table: pd.DataFrame, rows: pd.DataFrame, names: 
     add("tau_shapley_capped_uncapped", "shapley", "shapley_uncapped")
 
 
-def _repaired(found: Findings, repaired: pd.DataFrame, predicts: pd.DataFrame) -> None:
+def _repaired(found: Findings, repaired: pd.DataFrame, predicts: pd.DataFrame, rows: pd.DataFrame, seed: int) -> None:
     """Adds what is left of a layer's worth once a linear map stands in its place, and which score predicts that."""
     removed, left = repaired["removed_nats"], repaired["repaired_nats"]
     for name, values in (("removed", removed), ("repaired", left)):
@@ -280,9 +280,10 @@ def _repaired(found: Findings, repaired: pd.DataFrame, predicts: pd.DataFrame) -
     found.add("t1_repaired", "repaired_share", left.sum() / removed.sum(), n=len(left),
               unit="loss after the map / loss before, sums over layers")  # fmt: skip
     found.add("t1_repaired", "tau_removed_repaired", kendalltau(removed, left).statistic, n=len(left), **TAU)
-    for name, row in predicts.iterrows():
-        found.add("t1_predicts", f"tau_repaired_{name}", *ends(row, "tau_repaired"), **BY_ROWS, n=row["n"])
-    for name, among in (("nearest", predicts), ("nearest_cheap", predicts.drop(index=list(CAUSAL)))):
-        row = among.loc[among["tau_repaired"].idxmax()]
-        found.add("t1_predicts", f"tau_repaired_{name}", *ends(row, "tau_repaired"), **BY_ROWS, n=row["n"],
-                  text=row.name)  # fmt: skip
+    tau, tested = predicts["tau_repaired"], set(rows["score"])
+    names = {name: name for name in predicts.index}
+    names |= {"nearest": tau.idxmax(), "nearest_cheap": tau.drop(index=list(CAUSAL)).idxmax()}
+    for name, score in names.items():
+        values = tau_of(rows, score, "repaired", seed) if score in tested else ends(predicts.loc[score], "tau_repaired")
+        found.add("t1_rows" if score in tested else "t1_predicts", f"tau_repaired_{name}", *values, **BY_ROWS,
+                  n=predicts.loc[score, "n"], text="" if name == score else score)  # fmt: skip

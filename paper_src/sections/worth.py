@@ -118,17 +118,20 @@ def t1_predicts(scores: LayerScores, worth: dict[str, np.ndarray], seed: int = 0
         )
         for kind, values in worth.items():
             row[f"tau_{kind}"] = float(kendalltau(scores.mean(name), values.mean(axis=0)).statistic)
-            interval = np.quantile(taus(drawn, redrawn(values, seed=seed + 1)), [0.025, 0.975])
+            interval = np.quantile(taus(drawn, redrawn(values, seed=seed)), [0.025, 0.975])
             row[f"tau_{kind}_lo"], row[f"tau_{kind}_hi"] = interval
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def t1_rows(scores: LayerScores, values: ShapleyValues, names: Sequence[str]) -> pd.DataFrame:
-    """The rows behind the means of a few scores (a sequence, or a group of them), for tests on them: column
-    ``layer_<l>`` is the score of layer l.
+def t1_rows(
+    scores: LayerScores, values: ShapleyValues, worth: dict[str, np.ndarray], names: Sequence[str]
+) -> pd.DataFrame:
+    """The rows behind the means of a few scores, of Shapley values without the cap and of ``WORTH``, for tests on them:
+    a row is a sequence, or a group of them, and column ``layer_<l>`` its number of layer l.
     """
-    found = {name: scores.per_sequence[name].numpy() for name in names} | {"shapley_uncapped": values.groups[:, :, 1]}
+    found = {name: scores.per_sequence[name].numpy() for name in names}
+    found |= {"shapley_uncapped": values.groups[:, :, 1], **worth}
     frames = [pd.DataFrame(rows).add_prefix("layer_").assign(score=name) for name, rows in found.items()]
     frame = pd.concat(frames)
     return frame[["score", *frame.columns.drop("score")]]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import kendalltau
 from torch import nn
 
 from paper_src import fidelity
@@ -141,3 +142,16 @@ def test_patterns_under_the_formulas(monkeypatch):
     ]  # fmt: skip
     assert rows.loc["product", ["pattern", "layers"]].tolist() == [0, "1"]
     assert (rows["n"] == 1).all()
+
+
+def test_a_tau_of_tested_rows_is_that_of_their_means_and_its_interval_follows_the_seed():
+    generator = np.random.default_rng(3)
+    first, second = (generator.normal(size=(n, 5)) + np.arange(5) for n in (6, 4))
+    table = pd.concat(
+        pd.DataFrame(rows).add_prefix("layer_").assign(score=name) for name, rows in (("a", first), ("b", second))
+    )
+    found = [worth.tau_of(table, "a", "b", seed) for seed in (0, 1)]
+    expected = kendalltau(first.mean(axis=0), second.mean(axis=0)).statistic
+    assert found[0][0] == found[1][0] == expected
+    assert found[0] != found[1]
+    assert all(low <= high for _, low, high in found)
