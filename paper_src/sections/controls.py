@@ -1,6 +1,5 @@
 """Section 8: wrong practice beside right practice, each row an experiment."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import matplotlib
@@ -19,8 +18,10 @@ from paper_src.compaction import compact
 from paper_src.reporting.findings import Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import score_layers, title
+from paper_src.sections.fidelity import measure
+from paper_src.sections.windows import losses, window_rows
 from paper_src.selection import KeptLayers, kept_text, top_k
-from paper_src.stats import control_p_value
+from paper_src.stats import control_p_value, paired
 
 MADE_UP = "normal"  # the name of scores from np.random.normal
 
@@ -49,36 +50,42 @@ def score_tests(table: pd.DataFrame, measured: dict) -> tuple[pd.DataFrame, pd.D
 
 
 def t8_permuted(
-    models: Mapping[str, PreTrainedModel], places: Mapping[str, KeptLayers], calibration: Tensor, test: Tensor
-) -> pd.DataFrame:
+    models: Mapping[str, PreTrainedModel], places: Mapping[str, KeptLayers], calibration: Tensor, test: Tensor,
+    text: str, model_digest: str,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Three ways to keep the working layers of models that compute the same with their layers in different places.
 
     ``fixed_list`` is the right answer for the first model, as an index list; ``fisher`` and ``leave_one_out`` are
-    taken of the model at hand.
+    taken of the model at hand. Returns t8_permuted, and t8_windows with the losses of each on every test window.
 
     Args:
         models: name -> a model with working layers among idle ones, of :func:`earlier_practice.with_idle_layers`.
         places: name -> where the working layers stand.
         calibration: (N, T) token ids, for the scores.
         test: (M, T) token ids, for the perplexity.
+        text: kind of text.
+        model_digest: of the small model, as which all of ``models`` answer.
     """
-    rows, listed = [], next(iter(places.values()))
+    rows, windows, listed = [], [], next(iter(places.values()))
     for order, model in models.items():
-        judge, asked, k = Evaluator(model, test), Evaluator(model, calibration), len(listed)
+        asked, k = Evaluator(model, calibration), len(listed)
         ways = {
             "fixed_list": listed,
             "fisher": top_k(score_layers(model, calibration).mean("fisher").tolist(), k),
             "leave_one_out": top_k(leave_one_out([asked])[0].tolist(), k),
         }
-        for way, kept in ways.items():
-            ratio = math.exp(judge(kept) - judge(range(asked.depth)))
-            rows.append({"model": order, "chosen_by": way, "kept": kept_text(kept),
-                         "working_layers": kept_text(places[order]), "working_kept": len({*kept} & {*places[order]}),
-                         "ppl_ratio": ratio})  # fmt: skip
-    return pd.DataFrame(rows)
+        table = pd.DataFrame({"way": ways.keys(), "kept": map(kept_text, ways.values())})
+        full = fidelity.reference(model, test, metrics=["nll_nats"])
+        measured = measure(model, full, table, ["nll_nats"])
+        for way, kept in table.itertuples(index=False):
+            ratio = fidelity.ppl_ratio(measured[kept]["nll_nats"], next(iter(measured.values()))["nll_nats"])
+            rows.append({"model": order, "chosen_by": way, "kept": kept, "working_layers": kept_text(places[order]),
+                         "working_kept": len({*ways[way]} & {*places[order]}), **ratio})  # fmt: skip
+            windows.append(window_rows(f"{order} {way}", text, test, model_digest, measured[kept]))
+    return pd.DataFrame(rows), pd.concat(windows, ignore_index=True)
 
 
-SPREADS = ("95% bootstrap of the median", "90% of single rounds")
+SPREADS = ("95% of the median, by order statistics", "90% of single rounds")
 
 
 def t8_speed(
@@ -180,8 +187,8 @@ def f8_controls(
 ) -> Figure:
     """Each wrong practice beside the right one. Top left: Top-K by real scores, with their p-value against made-up ones
     (ticks; grey: 90% of them). Top right: layers kept of two equal models, by an index list and by scores. Bottom left:
-    speedups, with 95% bootstrap intervals of the median for compacted and masked, and 90% of single rounds for the
-    others. Bottom right: similarity of greedy texts, with the divergence of the model that wrote them.
+    speedups, with 95% intervals of the median by order statistics for compacted and masked, and 90% of single rounds
+    for the others. Bottom right: similarity of greedy texts, with the divergence of the model that wrote them.
 
     Args:
         drawn: t8_random.
@@ -253,16 +260,20 @@ def _texts(axis: Axes, text: pd.DataFrame) -> None:
     axis.set_title("Text similarity and KL, nats/token")
 
 
-def t8_findings(read: Read) -> pd.DataFrame:
-    """t8_findings: how far off each practice of the earlier report is."""
-    found, controls = Findings(), read("t8_controls")["how_wrong"]
+def t8_findings(read: Read, seed: int = 0) -> pd.DataFrame:
+    """t8_findings: how far off each practice of the earlier report is; the list by a paired test of its two rows."""
+    found, controls = Findings(), read("t8_controls")
     names = ("made_up_scores", "fixed_list", "masked", "network_request", "same_text")
-    for name, wrong, what in zip(names, controls, read("t8_controls")["measure"], strict=True):
-        found.add("t8_controls", f"{name}_wrong_by", wrong, unit=what)
+    windows = read("t8_windows")
+    pair = paired(losses(windows, "second fixed_list"), losses(windows, "second leave_one_out"), seed)
+    (_, low, high), test = pair.ratio(), "sign-flip permutation over windows"
+    tested = {"fixed_list": {"lo": low, "hi": high, "n": pair.n, "test": test, "p": pair.p}}
+    for name, wrong, what in zip(names, controls["how_wrong"], controls["measure"], strict=True):
+        found.add("t8_controls", f"{name}_wrong_by", wrong, unit=what, **tested.get(name, {}))
     scores, drawn = read("t8_scores"), read("t8_random")
     found.add("t8_random", "made_up_draws", len(drawn), unit="draws")
     found.add("t8_scores", "real_no_better_than_made_up", (scores["p_ppl"] > 1 / 20).sum(), n=len(scores),
-              unit="scores, p > 0.05")  # fmt: skip
+              unit="scores, p > 0.05", test="random selections")  # fmt: skip
     moved = read("t8_permuted").set_index(["model", "chosen_by"])["ppl_ratio"]
     for order in ("first", "second"):
         found.add("t8_permuted", f"fixed_list_{order}_model", moved[order, "fixed_list"], unit="perplexity / full")

@@ -231,7 +231,8 @@ def f4_tradeoff(table: pd.DataFrame, draws: pd.DataFrame, speed_by_k: pd.Series)
                 _random(axis, draws.loc[draws["k"] == k, metric], order)
                 axis.axvline(trivial, color="black", lw=1, ls="--", label="trivial predictor")
                 axis.set_title(f"k = {k}, speedup {speed_by_k[k]:.2f}")
-            line[len(keep) // 2].set_xlabel(f"{name} (n = {table['n_blocks'].iloc[0]} windows)", loc="left")
+            size = f"n = {table['n_blocks'].iloc[0]} windows, random draws {draws['n_blocks'].iloc[0]}"
+            line[len(keep) // 2].set_xlabel(f"{name} ({size})", loc="left")
         axes[0, 0].set_xscale("log")  # of the whole line
         for axis in axes[1]:
             axis.axvspan(*reported.COSINE_RANGE, color=RED, alpha=0.25, lw=0, label="earlier report")

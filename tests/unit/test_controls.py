@@ -15,7 +15,9 @@ from paper_src import data, models
 from paper_src.baselines import earlier_practice
 from paper_src.compaction import compact
 from paper_src.sections import controls as rows
+from paper_src.sections.windows import losses
 from paper_src.selection import kept_tuple
+from paper_src.stats import paired
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -55,7 +57,8 @@ def test_a_fixed_list_fails_where_layers_have_moved_and_a_causal_score_does_not(
     model, calibration, test = trained
     places = earlier_practice.random_places(["first", "second"], 8, 16, seed=0)
     deep = {name: earlier_practice.with_idle_layers(model, at, 16) for name, at in places.items()}
-    table = rows.t8_permuted(deep, places, calibration, test).set_index(["model", "chosen_by"])
+    table, windows = rows.t8_permuted(deep, places, calibration, test, "a text", "ab" * 32)
+    table = table.set_index(["model", "chosen_by"])
     ratio, working = table["ppl_ratio"], table["working_kept"]
     assert ratio["first", "fixed_list"] == pytest.approx(1, rel=1e-4)
     assert working["second", "fixed_list"] < 8
@@ -63,6 +66,9 @@ def test_a_fixed_list_fails_where_layers_have_moved_and_a_causal_score_does_not(
     for order in ("first", "second"):
         assert ratio[order, "leave_one_out"] == pytest.approx(1, rel=1e-4)
         assert kept_tuple(table["kept"][order, "leave_one_out"]) == kept_tuple(table["working_layers"][order, "fisher"])
+    pair = paired(*(losses(windows, f"second {way}") for way in ("fixed_list", "leave_one_out")))
+    assert pair.ratio()[0] == pytest.approx(ratio["second", "fixed_list"] / ratio["second", "leave_one_out"])
+    assert pair.n == 16 and pair.p < 0.001 and pair.lo > 0
 
 
 def test_a_masked_model_answers_as_the_compact_one_and_runs_every_layer(make_blocks):

@@ -1,4 +1,4 @@
-"""The losses of windows: written, read back, tested against each other, and refused where they are of something else."""
+"""The losses of windows: written, read back, tested against each other, refused where they are of something else."""
 
 import numpy as np
 import pandas as pd
