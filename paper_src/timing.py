@@ -81,29 +81,20 @@ def compare_pair(
     return speed_row(*seconds.values(), others), list(zip(*seconds.values(), strict=True))
 
 
-def pair_seconds(
-    full: PreTrainedModel, small: PreTrainedModel, workload: Workload, rounds: int, seed: int = 0
-) -> tuple[list[float], list[float]]:
-    """Seconds of the rounds of :func:`compare_pair`."""
-    first, second = zip(*compare_pair(full, small, workload, rounds, seed)[1], strict=True)
-    return list(first), list(second)
-
-
 def quiet_rounds(
     models: dict[object, PreTrainedModel], workload: Workload, prompt: Tensor, rounds: int
 ) -> tuple[dict[object, list[float]], float]:
     """Seconds of every round by key of ``models``, the full one first; and cores that other processes kept busy.
 
-    On a busy machine as many rounds again, up to three times as many. All of them count: who keeps the quiet ones
-    keeps those that he likes, and an interval over chosen rounds covers nothing.
+    On a busy machine as many rounds again, up to three times as many. All of them count: to keep the quiet ones is to
+    choose among results, and an interval over chosen rounds covers nothing.
     """
     seconds = {key: [] for key in models}
     with Others() as others:
         for _ in range(LOOKS):
-            for key, more in interleaved(
-                list(models), lambda key: run_seconds(models[key], workload, prompt), rounds
-            ).items():
-                seconds[key] += more
+            more = interleaved(list(models), lambda key: run_seconds(models[key], workload, prompt), rounds)
+            for key, own in more.items():
+                seconds[key] += own
             first, *rest = seconds.values()
             if all(speed_row(first, own, others.cores)["quiet"] for own in rest):
                 break
@@ -192,12 +183,6 @@ def _work(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> Callabl
 def _synchronize(model: PreTrainedModel) -> None:
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
-
-
-def ratio_interval(ratios: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """``speedup``, the median of ``ratios``, with its interval ``speedup_lo``, ``speedup_hi``."""
-    low, high = median_interval(ratios)
-    return {"speedup": float(np.median(ratios)), "speedup_lo": low, "speedup_hi": high}
 
 
 def checkpoint_bytes(folder: str | Path) -> int:

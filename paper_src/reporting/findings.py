@@ -15,6 +15,7 @@ Read = Callable[[str], pd.DataFrame]
 COLUMNS = ("name", "value", "lo", "hi", "unit", "n", "test", "p", "source", "text")
 SECTIONS = range(1, 9)
 LARGER = ("long/", "gpu/")  # folders of tables of runs with larger budgets
+EARLIER = "bootstrap of an earlier commit"  # test of an interval in a table that names none
 NAN = math.nan
 
 
@@ -94,14 +95,10 @@ class Finding:
 
     @property
     def tested(self) -> str:
-        """Test, n and p in words; an interval without a test is of a table of an earlier commit."""
-        test = self.test or ("percentile bootstrap" if self.lo == self.lo else "count" if self.unit == "share" else "")
-        parts = [
-            test,
-            f"n = {self.n:,.0f}" if self.n == self.n else "",
-            f"p = {self.p:.2g}" if self.p == self.p else "",
-        ]
-        return ", ".join(filter(None, parts))
+        """Test, n and p in words, empty if there was no test."""
+        test = self.test or ("count" if self.unit == "share" else EARLIER if self.lo == self.lo else "")
+        numbers = {f"n = {self.n:,.0f}": self.n, f"p = {self.p:.2g}": self.p}
+        return ", ".join([test, *(text for text, value in numbers.items() if not math.isnan(value))]) if test else ""
 
     def __str__(self) -> str:
         return format(self, "")

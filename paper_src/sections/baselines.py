@@ -111,7 +111,7 @@ def _staircase(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
 
 BOOTSTRAP, SIGN_FLIP = "BCa bootstrap over windows", "sign-flip permutation over windows"
 ORDER = "order statistics of rounds"
-ROUNDS = "prefill_hidden_rounds"
+ROUNDS, QUIET = "prefill_hidden_rounds", "prefill_hidden_quiet"
 ALIKE = ["start", "tokens", "search_tokens"]
 
 
@@ -165,6 +165,8 @@ class _Found(Findings):
             self.add("t7_baselines", f"ppl_{role}", row["ppl_ratio"], unit=unit, text=row["method"])
         if not np.isnan(row[SPEED]):
             self.add("t7_rounds", f"speed_{role}", *ends(row, SPEED), n=row[ROUNDS], test=ORDER, unit="times, prefill")
+            self.add("t7_baselines", f"quiet_{role}", row.get(QUIET, np.nan), n=1, test="count",
+                     unit="1 if that was timed on a quiet machine")  # fmt: skip
         self.add("t7_baselines", f"bytes_{role}", row[SHARE], unit="packed bytes / full model in float32")
         self.add("t7_baselines", f"budget_{role}", row["tokens"], unit="tokens of calibration and training")
         if len(rows) > 1:

@@ -95,7 +95,8 @@ class Contest:
         seconds, rows = timing.interleaved(list(self.scorers), timed, rounds), []
         for key, own in seconds.items():
             compared = FULL in seconds and key != FULL
-            ratio = timing.ratio_interval(np.divide(seconds[FULL], own)) if compared else {}
+            found = timing.speed_row(seconds[FULL], own) if compared else {}
+            ratio = {name: value for name, value in found.items() if name.startswith("speedup")}
             rows.append(dict(zip(KEY, key, strict=True)) | {"users_per_s": len(histories) / np.median(own), **ratio})
         return pd.DataFrame(rows)
 

@@ -1,11 +1,11 @@
-"""Findings: how they are collected, read back and printed; those of sections 3 and 4 counted by hand."""
+"""Findings: how they are collected, read back and printed; those of section 3 counted by hand."""
 
 import pandas as pd
 import pytest
 
 from paper_src import InputError
 from paper_src.reporting.findings import COLUMNS, NAN, Finding, Findings, ends, load, number, spread
-from paper_src.sections import compaction, fidelity
+from paper_src.sections import compaction
 
 
 def test_collected_and_read_back():
@@ -37,48 +37,6 @@ def test_numbers_in_prose():
 
 def test_a_range_is_median_and_ends():
     assert spread(pd.Series([3.0, 1.0, 2.0])) == (2.0, 1.0, 3.0)
-
-
-def selections(rows):
-    columns = ["strategy", "score", "k", "kept", "nll_nats", "p_ppl", "n_draws"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-TABLE = selections([
-    ("top_k", "fisher", 2, "0 1", 5.0, 1.0, None),
-    ("distributed", "fisher", 2, "0 3", 4.0, 1 / 20, None),
-    ("top_k", "grad_norm", 2, "0 1", 5.0, 1.0, None),  # the same pair: counts once
-    ("distributed", "grad_norm", 2, "0 3", 4.0, 1 / 20, None),
-    ("top_k", "shapley", 2, "0 1", 5.0, 1.0, None),  # of another kind
-    ("distributed", "shapley", 2, "1 2", 6.0, 0.5, None),
-    ("top_k", "combined", 2, "0 2", 3.0, 1 / 20, None),
-    ("distributed", "combined", 2, "0 2", 3.0, 1 / 20, None),  # no pair: nothing to compare
-    ("top_k", "activation_variance", 2, "2 3", 4.0, 0.3, None),
-    ("distributed", "activation_variance", 2, "1 3", 6.0, 0.6, None),
-    ("random", None, 2, None, 4.5, None, 19),
-])  # fmt: skip
-
-
-def counted(table):
-    found = Findings()
-    fidelity._against_random(found, table)
-    fidelity._spread_against_top_k(found, table)
-    return {row.name: (row.value, row.n) for row in found.frame().itertuples(index=False)}
-
-
-def test_selections_against_random_and_against_one_another():
-    found = counted(TABLE)
-    assert found["top_k_better_than_random"] == (1, 2) and found["top_k_worse_than_random"] == (1, 2)
-    assert found["distributed_better_than_random"] == (2, 2) and found["distributed_worse_than_random"] == (0, 2)
-    assert found["distributed_wins_gradient"] == (1, 1)
-    assert found["distributed_wins_activation"] == (0, 1)
-    assert found["distributed_wins_removal"] == (0, 1)
-
-
-def test_no_pairs_are_no_wins():
-    assert counted(TABLE[TABLE["score"].isin(["combined"]) | (TABLE["strategy"] == "random")])[
-        "distributed_wins_gradient"
-    ] == (0, 0)
 
 
 def section_3(depth, rows):

@@ -68,7 +68,8 @@ def test_a_rule_decides_where_the_intervals_do(test, holds, words):
         ("cosine > 0.7 and count.share >= 0.75", "BCa bootstrap over windows, n = 64, p = 0.0001; count, n = 4"),
         ("cosine > 0.7 and cosine > 0.6", "BCa bootstrap over windows, n = 64, p = 0.0001"),  # said once
         ("cosine > 0.7 and count.share > 0.75", "count, n = 4"),  # of the one that decides
-        ("constant < 0.9", "percentile bootstrap"),  # of a table of an earlier commit
+        ("constant < 0.9", "bootstrap of an earlier commit"),
+        ("none > 0", ""),
         ("cosine > chance", "BCa bootstrap over windows, n = 64, p = 0.0001; sign flips, n = 9, p = 0.25"),
     ],
 )
