@@ -44,7 +44,7 @@ def torchao_quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     return small
 
 
-GROUPS = (128, 64, 32)  # weights that share a scale and a zero: the most that divide the map's inputs
+GROUPS = (128, 64, 32, 16)  # weights that share a scale and a zero: the most that divide the map's inputs
 
 
 def group_of(inputs: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from paper_src.baselines.methods import METHODS
 from paper_src.selection import STRATEGIES
 
 
@@ -29,6 +30,12 @@ SELECTIONS = Run("smollm2-135m-instruct", "with <unk>", 29.17, {
     "shortened_llama_ppl": {22: 137.9, 15: 705, 8: 17437},
     "drop_block": {22: 349.9, 15: 65006, 8: 13183},
 })  # fmt: skip
+# The peers' own functions on 64 windows of 128 tokens of section 7's calibration text, with the layers of section 2 or 5.
+# Where their code runs on a GPU only, the device was changed and nothing else.
+MODELS = Run("smollm2-135m-instruct", "raw", 29.94, {
+    "replace_me": {22: 547.7, 8: 2254},
+    "replace_me_cosine": {22: 399.0, 8: 16072},
+})  # fmt: skip
 OWN_BUDGET = {"evopress": "evopress_paper"}  # our row that has the budget of the released run, if it was run
 
 
@@ -46,6 +53,20 @@ def t4_peers(fidelity: pd.DataFrame, model: str) -> pd.DataFrame:
     ours = {name: own for name, own in OWN_BUDGET.items() if own in there}
     titles = {name: strategy.title for name, strategy in STRATEGIES.items()}
     return _beside(SELECTIONS, fidelity.rename(columns={"strategy": "name"}), model, titles, ours)
+
+
+def t7_peers(baselines: pd.DataFrame, model: str) -> pd.DataFrame:
+    """t7_peers: models that peers' own code made beside ours of the same method, before any training.
+
+    Columns as in :func:`t4_peers`. Theirs had the same kind of calibration text, though a profile may take more or
+    less of it, and the same layers, if sections 2 and 5 chose as they did then.
+
+    Args:
+        baselines: t7_baselines.
+        model: registry name, as in :func:`t4_peers`.
+    """
+    titles = {name: method.title for name, method in METHODS.items()}
+    return _beside(MODELS, baselines[~baselines["recovered"].astype(bool)], model, titles, {})
 
 
 def _beside(

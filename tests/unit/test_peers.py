@@ -268,9 +268,9 @@ def test_hqq_stays_near_the_model(model, blocks):
 
 
 def test_groups_fit_the_width():
-    assert [quantization.group_of(inputs) for inputs in (1536, 576, 96)] == [128, 64, 32]
-    with pytest.raises(NotSupported, match="divides 48 inputs"):
-        quantization.group_of(48)
+    assert [quantization.group_of(inputs) for inputs in (1536, 576, 96, 48)] == [128, 64, 32, 16]
+    with pytest.raises(NotSupported, match="divides 40 inputs"):
+        quantization.group_of(40)
 
 
 # width
@@ -420,3 +420,13 @@ def test_another_model_is_not_compared_with_released_figures():
     found = peers.t4_peers(table, "tiny")
     assert found["ppl_ratio"].isna().all()
     assert found["released_ppl"].notna().all()
+
+
+def test_released_models_stand_beside_ours_before_any_training():
+    rows = [{"name": "replace_me", "k": 22, "recovered": trained, "ppl": 300.0, "ppl_ratio": ratio}
+            for trained, ratio in ((False, 9.0), (True, 3.0))]  # fmt: skip
+    table = pd.DataFrame(rows).assign(ppl_ratio_lo=8.0, ppl_ratio_hi=10.0)
+    found = peers.t7_peers(table, "smollm2-135m-instruct").set_index(["name", "k"]).loc[("replace_me", 22)]
+    assert found["ppl_ratio"] == 9.0
+    assert found["ratio"] == pytest.approx(9 / (547.7 / 29.94))
+    assert set(peers.MODELS.ppl) <= set(METHODS)
