@@ -93,8 +93,10 @@ class Judge:
                 blocks = blocks[:whole]
             self.references[kind] = fidelity.reference(full, blocks, mean, metrics=metrics)
             count = others or count
-        own = self.compare(full, ("nll_nats",))
-        self.full_nll = {kind: values["nll_nats"] for kind, values in own.items()}  # nats/token of each window
+        self.full_nll = {kind: _nll(full, own) for kind, own in self.references.items()}  # nats/token of each window
+        if self.rest is not None:
+            first = kind_of_text(texts[0])
+            self.full_nll[first] = np.concatenate([self.full_nll[first], _nll(full, self.rest)])
 
     @property
     def first(self) -> fidelity.Reference:
@@ -161,3 +163,9 @@ class Judge:
         values, own = fidelity.compare_constant(full, self.first), next(iter(self.full_nll.values()))
         row = fidelity.summarize(values, self.seed)
         return row | {"ppl_ratio": float(np.exp(row["nll_nats"] - own[: len(values["nll_nats"])].mean()))}
+
+
+@torch.no_grad()
+def _nll(full: PreTrainedModel, own: fidelity.Reference) -> np.ndarray:
+    """(N,) the full model's losses, from the states that are known already."""
+    return fidelity.compare_states(full, own, own.hidden, ("nll_nats",))["nll_nats"]
