@@ -30,7 +30,7 @@ SELECTIONS = Run("smollm2-135m-instruct", "with <unk>", 29.17, {
     "shortened_llama_ppl": {22: 137.9, 15: 705, 8: 17437},
     "drop_block": {22: 349.9, 15: 65006, 8: 13183},
 })  # fmt: skip
-# The peers' own functions on 64 windows of 128 tokens of section 7's calibration text, with the layers of section 2 or 5.
+# The peers' own functions on 64 windows of 128 tokens of section 7's calibration text, the layers of sections 2 and 5.
 # Where their code runs on a GPU only, the device was changed and nothing else.
 MODELS = Run("smollm2-135m-instruct", "raw", 29.94, {
     "replace_me": {22: 547.7, 8: 2254},
