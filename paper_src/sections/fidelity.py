@@ -64,6 +64,15 @@ def _measure(
     return measured
 
 
+def of_sizes(selection: pd.DataFrame, keep: Collection[int]) -> pd.DataFrame:
+    """Rows of t2_selection with these numbers of layers; InputError if there is none of one of them."""
+    if missing := sorted(set(keep) - set(selection["k"])):
+        raise InputError(
+            f"keep = {missing[0]} layers: notebook 2 selected {sorted(set(selection['k']))}, give of these"
+        )
+    return selection[selection["k"].isin(keep)]
+
+
 def spread(count: int, wanted: int) -> list[int]:
     """``wanted`` places at equal distances among ``count`` windows: those on which every selection is measured."""
     if not 1 <= wanted <= count:
@@ -98,11 +107,11 @@ def measure_groups(
 
 
 def headline(selection: pd.DataFrame) -> pd.DataFrame:
-    """Rows of t2_selection that a verdict names: ``chosen`` at each k, and the recommended one at the smallest."""
+    """Rows of t2_selection that a verdict names: at each k that was searched ``chosen``, and the recommended one."""
     chosen = selection[selection["strategy"] == "chosen"]
     strategy, score = RECOMMENDED
     own = selection[(selection["strategy"] == strategy) & (selection["score"] == score)]
-    return pd.concat([chosen, own[own["k"] == chosen["k"].min()]], ignore_index=True)
+    return pd.concat([chosen, own[own["k"].isin(chosen["k"])]], ignore_index=True)
 
 
 def _not_cut(measured: Measured) -> list[dict]:

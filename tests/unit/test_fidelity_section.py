@@ -111,10 +111,16 @@ def test_p_values_are_of_the_windows_of_the_draws_by_hand(made_up):
     assert table.loc["random", ["n_draws", "n_blocks"]].tolist() == [3, 1]
 
 
-def test_headline_rows_are_the_chosen_ones_and_the_recommended_at_the_smallest_k():
+def test_headline_rows_are_the_chosen_and_the_recommended_ones_where_something_was_chosen():
     larger = SELECTION.assign(k=2)
-    found = rows.headline(pd.concat([SELECTION, larger]))
-    assert list(zip(found["strategy"], found["k"], strict=True)) == [("chosen", 1), ("chosen", 2), ("distributed", 1)]
+    found = rows.headline(pd.concat([SELECTION, larger[larger["strategy"] != "chosen"]]))
+    assert list(zip(found["strategy"], found["k"], strict=True)) == [("chosen", 1), ("distributed", 1)]
+
+
+def test_sizes_that_were_not_selected_are_refused(refused):
+    assert len(rows.of_sizes(SELECTION, [1])) == len(SELECTION)
+    with refused(r"keep = 2 layers: notebook 2 selected \[1\]"):
+        rows.of_sizes(SELECTION, [1, 2])
 
 
 def test_the_losses_of_every_window_are_kept_under_a_name_for_each_set_of_windows(made_up):
