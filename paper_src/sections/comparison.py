@@ -27,6 +27,7 @@ from paper_src.support.files import replacing
 from paper_src.support.sources import sha256
 
 Row = dict[str, object]
+LOSSLESS = "the weights come from a file of fewer bits: next to lossless by construction"
 
 
 class Job(NamedTuple):
@@ -230,7 +231,8 @@ def t7_rounds(rows: Sequence[Row]) -> pd.DataFrame:
 def t7_baselines(rows: Sequence[Row], full: PreTrainedModel, judge: Judge, original: Mapping | None) -> pd.DataFrame:
     """t7_baselines: the full model, each method as it is, then those that were trained here.
 
-    Ratios are to the full model in its own dtype, ``*_share`` to the full model in float32.
+    Ratios are to the full model in its own dtype, ``*_share`` to the full model in float32. Losses and cosines are of
+    all windows, the other metrics of the first 8,192 tokens.
 
     Args:
         original: the row of :func:`original_row`, if the weights come from a packed file.
@@ -241,6 +243,9 @@ def t7_baselines(rows: Sequence[Row], full: PreTrainedModel, judge: Judge, origi
     frame = frame.sort_values("recovered", kind="stable", ignore_index=True)
     frame.loc[frame["family"] == "full", "k"] = depth
     frame["status"] = frame["status"].fillna("") if "status" in frame else ""
+    frame["note"] = ""
+    if original:
+        frame.loc[frame["name"] == "int8_weight", "note"] = LOSSLESS
     shares = {f"{kind}_share": frame[f"{kind}_bytes"] / single for kind in ("packed", "memory", "disk")}
     return frame.assign(**shares, n_tokens=judge.n_tokens, n_windows=len(next(iter(judge.blocks.values()))))
 

@@ -157,8 +157,9 @@ def test_the_file_that_the_weights_come_from_is_a_row(tmp_path, setting, measure
     (tmp_path / "model.Q4_1.gguf").write_bytes(b"x" * 1000)
     assert size.original_file(str(tmp_path)) == tmp_path / "model.Q4_1.gguf"
     row = comparison.original_row(size.original_file(str(tmp_path / "model.Q4_1.gguf")), setting.full)
-    rows = compared(setting, measurement, [Job("full", 0)])
+    rows = compared(setting, measurement, [Job("full", 0), Job("int8_weight", 0)])
     found = comparison.t7_baselines(rows, setting.full, measurement.judge, row).set_index("row")
+    assert found.loc["int8_weight", "note"] == comparison.LOSSLESS
     assert found.loc["original_file", "packed_share"] == 1000 / (4 * size.count_of(setting.full))
     assert found.loc["original_file", ["method", "ppl_ratio", "k"]].tolist() == ["original file, Q4_1", 1.0, 4]
     assert math.isnan(found.loc["original_file", "prefill_hidden_speedup"])
