@@ -54,7 +54,7 @@ class Measurement:
         valid: on validation text, to choose by.
         tokenizer: of the full model.
         items: of zero-shot tasks.
-        asked: names of the methods that answer them.
+        asked: names of the methods that answer them, as they are.
         workloads: what is timed; the first is the prefill.
         rounds: timed rounds.
     """
@@ -182,7 +182,7 @@ def measured(on: Setting, by: Measurement, model: PreTrainedModel, row: Row, don
     sizes = {"parameters": count_of(model), "zeros": sparsity.zeros(model), **bytes_of(model, row["bits"])}
     kept = by.judge.windows(row["row"], found).to_dict("list")
     quality = {**by.judge.summary(found), "valid_ppl_ratio": by.valid.ppl_ratio(model), "windows": kept}
-    asked = by.items and row["name"] in by.asked
+    asked = by.items and row["name"] in by.asked and not row["recovered"]
     answers = zero_shot.zero_shot(model, by.tokenizer, by.items) if asked else {}
     return sizes | quality | speeds(on.full, by, model, row["row"], done) | answers
 
