@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -183,8 +182,3 @@ def _work(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> Callabl
 def _synchronize(model: PreTrainedModel) -> None:
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
-
-
-def checkpoint_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files of a checkpoint."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Memory that a model takes, measured in a process of its own."""
+"""What a model takes: memory, measured in a process of its own, and bytes on disk."""
 
 import multiprocessing
 import resource
@@ -70,3 +70,8 @@ def _status(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def checkpoint_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files of a checkpoint."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

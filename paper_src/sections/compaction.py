@@ -41,7 +41,7 @@ def t3_size(
             "layer_compression": depth / k,
             "parameters": parameters,
             "parameter_compression": count_parameters(full) / parameters,
-            "disk_bytes": timing.checkpoint_bytes(folders[k]),
+            "disk_bytes": memory.checkpoint_bytes(folders[k]),
             "peak_memory_bytes": memory.peak_memory(folders[k], workload, dtype, str(full.device)),
             "dtype": dtype,
         })  # fmt: skip

@@ -16,8 +16,9 @@ from paper_src import timing
 from paper_src.compaction import compact, save
 from paper_src.models import last_hidden
 from paper_src.scale import memory
+from paper_src.scale.memory import checkpoint_bytes
 from paper_src.support.machine import Others
-from paper_src.timing import Workload, checkpoint_bytes, compare_speed, count_flops, run_seconds
+from paper_src.timing import Workload, compare_speed, count_flops, run_seconds
 
 # of a tiny Llama's layer, 2 operations each: q and o, k and v of half as many heads, and three maps of the MLP
 LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # a token
