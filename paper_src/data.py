@@ -91,9 +91,8 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: i
     """
     if count:
         return token_blocks(tokenizer, text, count, length, seed)
-    first = beginning(tokenizer)
+    first, ids = beginning(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     size = length - len(first)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not 1 <= size <= len(ids):
         raise InputError(f"windows of {length} tokens of a text of {len(ids)}: give a length it holds, of 2 or more")
     return torch.tensor([first + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)])

@@ -90,10 +90,8 @@ def reference(
         p = logits_of(model, states[None])[0].float().softmax(-1)  # (<=64, V)
         p = p.where(p >= torch.finfo(p.dtype).tiny, 0)  # subnormal numbers weigh nothing and slow sums tenfold
         parts.append((p, -torch.special.entr(p).sum(-1), p.argmax(-1)))
-    probabilities, negative_entropy, top1 = (torch.cat(part) for part in zip(*parts, strict=True))
-    full.probabilities = probabilities.unflatten(0, hidden.shape[:2])
-    full.negative_entropy = negative_entropy.unflatten(0, hidden.shape[:2])
-    full.top1 = top1.unflatten(0, hidden.shape[:2])
+    whole = (torch.cat(part).unflatten(0, hidden.shape[:2]) for part in zip(*parts, strict=True))
+    full.probabilities, full.negative_entropy, full.top1 = whole
     return full
 
 

@@ -67,9 +67,7 @@ def _measure(
 def of_sizes(selection: pd.DataFrame, keep: Collection[int]) -> pd.DataFrame:
     """Rows of t2_selection with these numbers of layers; InputError if there is none of one of them."""
     if missing := sorted(set(keep) - set(selection["k"])):
-        raise InputError(
-            f"keep = {missing[0]} layers: notebook 2 selected {sorted(set(selection['k']))}, give of these"
-        )
+        raise InputError(f"keep = {missing[0]} layers: give some of those of notebook 2, {sorted(set(selection['k']))}")
     return selection[selection["k"].isin(keep)]
 
 

@@ -119,7 +119,7 @@ def test_headline_rows_are_the_chosen_and_the_recommended_ones_where_something_w
 
 def test_sizes_that_were_not_selected_are_refused(refused):
     assert len(rows.of_sizes(SELECTION, [1])) == len(SELECTION)
-    with refused(r"keep = 2 layers: notebook 2 selected \[1\]"):
+    with refused(r"keep = 2 layers: give some of those of notebook 2, \[1\]"):
         rows.of_sizes(SELECTION, [1, 2])
 
 
