@@ -226,7 +226,7 @@ def tables(checkout: Path) -> dict[str, pd.DataFrame]:
     """Tables of the tiny run without what a clock measured."""
     found = {}
     for path in sorted((checkout / "results" / "tiny" / "tables").glob("t*.csv")):
-        if path.stem != "t7_budgets":  # which method meets a budget follows from speeds
+        if path.stem != "t7_take":  # which method meets a budget follows from speeds
             frame = pd.read_csv(path)
             found[path.stem] = frame[[name for name in frame if not any(part in name for part in MACHINE)]]
     return found

@@ -423,10 +423,10 @@ def test_another_model_is_not_compared_with_released_figures():
 
 
 def test_released_models_stand_beside_ours_before_any_training():
-    rows = [{"name": "replace_me", "k": 22, "recovered": trained, "ppl": 300.0, "ppl_ratio": ratio}
+    rows = [{"name": "replace_me_cosine", "k": 22, "recovered": trained, "ppl": 300.0, "ppl_ratio": ratio}
             for trained, ratio in ((False, 9.0), (True, 3.0))]  # fmt: skip
     table = pd.DataFrame(rows).assign(ppl_ratio_lo=8.0, ppl_ratio_hi=10.0)
-    found = peers.t7_peers(table, "smollm2-135m-instruct").set_index(["name", "k"]).loc[("replace_me", 22)]
+    found = peers.t7_peers(table, "smollm2-135m-instruct").set_index(["name", "k"]).loc[("replace_me_cosine", 22)]
     assert found["ppl_ratio"] == 9.0
     assert found["ratio"] == pytest.approx(9 / (547.7 / 29.94))
     assert set(peers.MODELS.ppl) <= set(METHODS)
