@@ -17,7 +17,7 @@ from paper_src.stats import median_interval
 from paper_src.support.machine import Others
 
 TASKS = ("prefill_hidden", "prefill_logits", "decode")
-SPREAD, OTHERS = 0.1, 0.25  # of the ratios and cores of other processes: more of either is no quiet machine
+SPREAD, OTHERS = 0.25, 0.25  # of ratios (decoding a few tokens has 0.15 on an idle machine), and others' cores: at most
 LOOKS = 3  # so many times the rounds are taken at most
 
 
