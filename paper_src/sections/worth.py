@@ -213,10 +213,12 @@ def f1_repaired(repaired: pd.DataFrame, predicts: pd.DataFrame) -> Figure:
         left.set_yscale("symlog", linthresh=0.01)
         left.set_xlabel("layer")
         left.set_ylabel("loss without it - full model's, nats/token")
+        left.set_title("What is left after a repair")
         left.legend()
         right.set_yticks(order.index, [title(name) for name in order["score"]], size=7.5)
         right.axvline(0, color="black", lw=0.8)
         right.set_xlabel("Kendall's tau with the loss")
+        right.set_title("What predicts it")
     plt.close(figure)
     return figure
 
