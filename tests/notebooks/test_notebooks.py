@@ -22,8 +22,10 @@ from paper_src.reporting.parameters import parameters_for
 UPDATE = bool(os.environ.get("UPDATE_BASELINE"))
 # Seconds and bytes differ from machine to machine; which table has them is in the baseline's columns all the same.
 MACHINE = ("speedup", "share_of_ideal", "_ms", "peak_memory", "seconds", "closed_form_s", "how_wrong", "seen",
-           "users_per_s", "calibration_s", "recovery_s", "status")  # fmt: skip
-MEASURED = "speed|seconds|timed|ideal|memory|wrong|budget"  # findings that follow from them, by their names
+           "users_per_s", "calibration_s", "recovery_s", "status", "spread", "others_cores", "quiet", "rounds",
+           "above_ideal", "timed_as")  # fmt: skip
+ROUNDS = ("t3_rounds", "t7_rounds")  # seconds of rounds, more of them on a busy machine
+MEASURED = "speed|seconds|timed|quiet|ideal|memory|wrong|budget"  # findings that follow from them, by their names
 TRAINED = {
     "t6": 0.1,
     "t7": 0.1,
@@ -68,7 +70,7 @@ def test_tables_equal_the_baseline(notebook, results):
     _require_run(notebook, results)
     tables = sorted((BASELINE / "tables").glob(f"t{int(notebook.stem[:2])}_*.csv"))
     assert tables, "no baseline: see the first lines of this file"
-    for path in tables:
+    for path in (path for path in tables if path.stem not in ROUNDS):
         expected, found = (_comparable(place) for place in (path, results / "tables" / path.name))
         assert list(found) == list(expected)
         pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=TRAINED.get(path.stem[:2], 1e-6), obj=path.stem)
@@ -109,7 +111,8 @@ def _update(name, book, results):
             output.get("data", {}).pop("image/png", None)
     nbformat.write(book, BASELINE / name)
     for table in (results / "tables").glob("*.csv"):
-        shutil.copy(table, BASELINE / "tables" / table.name)
+        if table.stem not in ROUNDS:
+            shutil.copy(table, BASELINE / "tables" / table.name)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -137,7 +140,9 @@ class TestSource:
         book = nbformat.read(path, as_version=4)
         tagged = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
         assert len(tagged) == 1
-        for line, node in zip(tagged[0].source.splitlines(), ast.parse(tagged[0].source).body, strict=True):
+        lines = tagged[0].source.splitlines()
+        for node in ast.parse(tagged[0].source).body:
+            line = lines[node.lineno - 1]
             assert isinstance(node, ast.AnnAssign), line
             ast.literal_eval(node.value)
             assert "  # " in line, line

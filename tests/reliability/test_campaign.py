@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests/data/tiny-llama"
 KILLS = int(os.environ.get("RELIABILITY_KILLS", "20"))
 MACHINE = ("seconds", "speedup", "_ms", "memory", "share_of_ideal", "how_wrong", "seen", "users_per_s", "closed_form_s",
-           "calibration_s", "recovery_s", "disk", "ours", "holds", "epochs", "spread", "others_cores", "quiet", "_rounds")  # fmt: skip
+           "calibration_s", "recovery_s", "disk", "ours", "holds", "epochs", "spread",
+           "others_cores", "quiet", "_rounds")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
