@@ -428,5 +428,5 @@ def test_released_models_stand_beside_ours_before_any_training():
     table = pd.DataFrame(rows).assign(ppl_ratio_lo=8.0, ppl_ratio_hi=10.0)
     found = peers.t7_peers(table, "smollm2-135m-instruct").set_index(["name", "k"]).loc[("replace_me_cosine", 22)]
     assert found["ppl_ratio"] == 9.0
-    assert found["ratio"] == pytest.approx(9 / (547.7 / 29.94))
+    assert found["ratio"] == pytest.approx(9 / (399.0 / 29.94))
     assert set(peers.MODELS.ppl) <= set(METHODS)
