@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from paper_src.baselines.methods import METHODS
 from paper_src.reporting.findings import Findings, Read, ends, spread
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from paper_src.sections.windows import losses
@@ -113,6 +114,8 @@ BOOTSTRAP, SIGN_FLIP = "BCa bootstrap over windows", "sign-flip permutation over
 ORDER = "order statistics of rounds"
 ROUNDS, QUIET = "prefill_hidden_rounds", "prefill_hidden_quiet"
 ALIKE = ["start", "tokens", "search_tokens"]
+RIVALS = [name for name, method in METHODS.items() if method.sized and method.training != "none"
+          and method.family not in ("depth", "control") and not method.control]  # fmt: skip
 
 
 def t7_findings(read: Read, seed: int = 0) -> pd.DataFrame:
@@ -213,6 +216,9 @@ class _Found(Findings):
                 self.method(f"recovered_best_other{suffix}", best)
                 self.over(f"recovered_cut_over_best_other{suffix}", own, best, p_values)
         fair = after[after["name"].isin(others) & ~after["control"]].drop_duplicates("name")
+        if not suffix:
+            self.add("t7_baselines", "rivals_compared", len(fair), n=len(RIVALS), test="count",
+                     unit="methods without whole layers cut that can be trained")  # fmt: skip
         alike = (fair[ALIKE] == own.iloc[0][ALIKE]).all(axis=1)
         self.add("t7_baselines", f"compared_alike{suffix}", alike.sum(), n=len(fair),
                  unit="methods with the start, tokens and search of cut layers")  # fmt: skip

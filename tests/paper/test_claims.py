@@ -28,8 +28,7 @@ def test_no_claim_changed_its_verdict(table):
 def test_claims_rest_on_findings_that_exist(read):
     known = {folder: load(read, folder) for folder in ("", *LARGER)}
     for claim in claims.read_claims():
-        missing = claim.uses() - set(known[claim.place(known)])
-        assert not missing or claim.expected == claims.NOT_TESTABLE, claim.name  # a longer run that was not made
+        assert claim.uses() <= set(known[claim.place(known)]), claim.name
 
 
 def test_every_verdict_names_its_test_n_and_interval(table):
