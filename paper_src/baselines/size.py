@@ -53,15 +53,14 @@ def packed_bytes(model: PreTrainedModel, bits: int = 8) -> int:
     A quantized weight takes ``bits`` / 8, each of its scales 2, each zero point ``bits`` / 8 unless all are zero.
     Others take what their dtype takes; where many are zero, a bit each that says which, and the rest as they are.
     """
-    total, seen = 0.0, set()
-    for value in _leaves(model.state_dict().values()):
+    total = 0.0
+    for value in _stored(model):
         if hasattr(value, "__tensor_flatten__"):
             scales, zeros = _grid(value)
             total += value.numel() * bits / 8 + 2 * scales + zeros * bits / 8
         elif value.is_quantized:
             total += value.numel() * bits / 8 + 2 * len(value)
-        elif value.data_ptr() not in seen:
-            seen.add(value.data_ptr())
+        else:
             dense = value.numel() * value.element_size()
             total += min(dense, value.numel() / 8 + int(value.count_nonzero()) * value.element_size())
     return round(total)
@@ -87,6 +86,17 @@ def original_file(name: str) -> Path | None:
     return path if path.is_file() and path.suffix == ".gguf" else None
 
 
+def _stored(model: PreTrainedModel) -> Iterator[Tensor]:
+    """The tensors of the state; plain ones that share a storage, as tied weights do, once."""
+    seen: set[int] = set()
+    for value in _leaves(model.state_dict().values()):
+        if hasattr(value, "__tensor_flatten__") or value.is_quantized:
+            yield value
+        elif value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            yield value
+
+
 def _leaves(values: Iterable[object]) -> Iterator[Tensor]:
     """The tensors that hold numbers, also those of torch.ao's packed weight and bias."""
     for value in values:
@@ -98,16 +108,14 @@ def _leaves(values: Iterable[object]) -> Iterator[Tensor]:
 
 def _parts(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(weights, bytes) of each tensor of the state, each storage once."""
-    seen: set[int] = set()
     found = []
-    for value in _leaves(model.state_dict().values()):
+    for value in _stored(model):
         if hasattr(value, "__tensor_flatten__"):  # torchao's: codes and scales
             names, _ = value.__tensor_flatten__()
             inner = [getattr(value, name) for name in names]
             found.append((value.numel(), sum(part.numel() * part.element_size() for part in inner)))
         elif value.is_quantized:  # a float64 scale and an int64 zero point for each output
             found.append((value.numel(), value.numel() * value.element_size() + 16 * len(value)))
-        elif value.data_ptr() not in seen:
-            seen.add(value.data_ptr())
+        else:
             found.append((value.numel(), value.numel() * value.element_size()))
     return found

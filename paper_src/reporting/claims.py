@@ -17,7 +17,7 @@ import yaml
 
 from paper_src import InputError
 from paper_src.reporting import reported
-from paper_src.reporting.findings import LARGER, NAN, Finding, Read, load
+from paper_src.reporting.findings import LARGER, LEVEL, NAN, Finding, Read, load
 
 SOURCE = Path(__file__).with_name("claims.yaml")
 LANGUAGES = ("en", "zh")
@@ -26,7 +26,6 @@ UNDETERMINED, NOT_TESTABLE = "undetermined", "not testable"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, UNDETERMINED, NOT_TESTABLE)
 COMPARE = {ast.Lt: (operator.lt, "<"), ast.LtE: (operator.le, "≤"), ast.Gt: (operator.gt, ">"),
            ast.GtE: (operator.ge, "≥")}  # fmt: skip
-LEVEL = 0.05  # of p-values; in rules ``level``
 BEST = "best"  # folder of a claim that a run with larger budgets decides where there is one
 BETWEEN = "between"  # in rules: a value that is only known to lie between two findings
 OWN = "own"  # name of the run whose tables stand at the top of a folder

@@ -17,6 +17,10 @@ SECTIONS = range(1, 9)
 LARGER = ("long/", "gpu/")  # folders of tables of runs with larger budgets
 EARLIER = "bootstrap of an earlier commit"  # test of an interval in a table that names none
 NAN = math.nan
+LEVEL = 0.05  # of p-values
+# tests of findings, in words
+BOOTSTRAP, SIGN_FLIP = "BCa bootstrap over windows", "sign-flip permutation over windows"
+ORDER = "order statistics of rounds"
 
 
 class Findings:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from paper_src.baselines.methods import METHODS
-from paper_src.reporting.findings import Findings, Read, ends, spread
+from paper_src.reporting.findings import BOOTSTRAP, ORDER, SIGN_FLIP, Findings, Read, ends, spread
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from paper_src.sections.windows import losses
 from paper_src.stats import Losses, Paired, holm, paired
@@ -110,8 +110,6 @@ def _staircase(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
     axis.step(best, np.arange(len(rows)), where="pre", color="black", lw=0.8, zorder=1)
 
 
-BOOTSTRAP, SIGN_FLIP = "BCa bootstrap over windows", "sign-flip permutation over windows"
-ORDER = "order statistics of rounds"
 ROUNDS, QUIET = "prefill_hidden_rounds", "prefill_hidden_quiet"
 ALIKE = ["start", "tokens", "search_tokens"]
 RIVALS = [name for name, method in METHODS.items() if method.sized and method.training != "none"

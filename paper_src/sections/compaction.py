@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from paper_src import timing
 from paper_src.models import count_parameters
 from paper_src.reporting import reported
-from paper_src.reporting.findings import Findings, Read, ends, spread
+from paper_src.reporting.findings import ORDER, Findings, Read, ends, spread
 from paper_src.reporting.style import BLUE, GREEN, PURPLE, RED, SKY, STYLE, TASKS
 from paper_src.scale import memory
 
 KEY = ["task", "batch", "length", "new_tokens", "k"]
-EXACT = "order statistics of rounds"
 
 
 def t3_size(
@@ -153,7 +152,7 @@ def t3_findings(read: Read) -> pd.DataFrame:
     for role, k in (("smallest", smallest), ("largest", speed["k"].max())):
         row = prefill.loc[k]
         found.add("t3_rounds", f"speedup_{role}", *ends(row, "speedup"), unit="times, prefill of hidden states",
-                  n=row["rounds"], test=EXACT)  # fmt: skip
+                  n=row["rounds"], test=ORDER)  # fmt: skip
         found.add("t3_speed", f"speedup_{role}_k", k, unit="layers")
     found.add("t3_speed", "share_of_ideal_smallest", prefill.loc[smallest, "share_of_ideal"], unit="share of L / k")
     above = speed[(speed["task"] != "decode") & (speed["speedup_lo"] > speed["ideal"])]
@@ -185,7 +184,7 @@ def _by_workload(found: Findings, rows: pd.DataFrame, role: str) -> None:
     of hidden states and where the uncut head takes part; and how many were timed on a quiet machine.
     """
     found.add("t3_rounds", f"speedup_{role}_any", rows["speedup"].median(), rows["speedup_lo"].min(),
-              rows["speedup_hi"].max(), n=rows["rounds"].min(), test=f"{EXACT}, all workloads",
+              rows["speedup_hi"].max(), n=rows["rounds"].min(), test=f"{ORDER}, all workloads",
               unit="times: median and outermost ends of the workloads' intervals")  # fmt: skip
     hidden = rows["task"] == "prefill_hidden"
     for name, part in (("hidden", rows[hidden]), ("head", rows[~hidden])):

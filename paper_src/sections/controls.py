@@ -15,7 +15,7 @@ from paper_src import fidelity, timing
 from paper_src.baselines import earlier_practice
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.compaction import compact
-from paper_src.reporting.findings import Findings, Read
+from paper_src.reporting.findings import SIGN_FLIP, Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import score_layers, title
 from paper_src.sections.fidelity import measure
@@ -266,7 +266,7 @@ def t8_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     names = ("made_up_scores", "fixed_list", "masked", "network_request", "same_text")
     windows = read("t8_windows")
     pair = paired(losses(windows, "second fixed_list"), losses(windows, "second leave_one_out"), seed)
-    (_, low, high), test = pair.ratio(), "sign-flip permutation over windows"
+    (_, low, high), test = pair.ratio(), SIGN_FLIP
     tested = {"fixed_list": {"lo": low, "hi": high, "n": pair.n, "test": test, "p": pair.p}}
     for name, wrong, what in zip(names, controls["how_wrong"], controls["measure"], strict=True):
         found.add("t8_controls", f"{name}_wrong_by", wrong, unit=what, **tested.get(name, {}))

@@ -4,14 +4,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from paper_src.reporting.findings import Findings, Read, ends, spread
+from paper_src.reporting.findings import BOOTSTRAP, LEVEL, SIGN_FLIP, Findings, Read, ends, spread
 from paper_src.scoring import SCORES
 from paper_src.sections.fidelity import FULL, RECOMMENDED, TRIVIAL
 from paper_src.sections.windows import losses
 from paper_src.stats import Paired, holm, interval, paired
-
-BOOTSTRAP, SIGN_FLIP = "BCa bootstrap over windows", "sign-flip permutation over windows"
-LEVEL = 0.05
 
 
 def t4_findings(read: Read, seed: int = 0) -> pd.DataFrame:
