@@ -112,7 +112,7 @@ def f3_speed(table: pd.DataFrame, depth: int) -> Figure:
             axis.plot([], [], color="black", ls=":", lw=1, label="ideal (FLOPs)")
             axis.plot(reported.LAYER_COMPRESSION, reported.SPEEDUP, "*", ms=10, color=RED, label="earlier report")
             if not table["quiet"].all():
-                axis.plot([], [], "o", ms=4, color="black", mfc="white", label="machine was busy")
+                axis.plot([], [], "o", ms=4, color="black", mfc="white", label="busy, or rounds differ")
             axis.set_title(title)
             axis.set_xticks([depth / k for k in keep], [f"{depth / k:.2f}\nk = {k}" for k in keep])
             axis.set_xlabel("layer compression L / k")
