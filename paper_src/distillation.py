@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Distillation:
     patience: int = 5  # looks without progress after which it stops
     seed: int = 0  # of the order of the blocks
     embeddings: bool = False  # whether embedding and head are trained too: where they are not those of the full model
+    more: dict[str, object] = field(default_factory=dict)  # further arguments of transformers' TrainingArguments
 
 
 @dataclass
@@ -47,19 +48,19 @@ class Distilled:
 def distil(
     full: PreTrainedModel, student: PreTrainedModel, blocks: Tensor, validation: fidelity.Reference,
     folder: str | Path, settings: Distillation | None = None, kept: Sequence[int] = (),
-    progress: Callable | None = None,
+    progress: Callable | None = None, answers: str | Path | None = None,
 ) -> Distilled:  # fmt: skip
     """``student`` trained on ``blocks`` (N, T) so that it answers as ``full`` does; neither is changed.
 
-    A float32 copy is trained in float32, by default without its embedding and head. (Trainer's autocast to bfloat16
-    wraps only the model's own forward, as of transformers 5.23; the loss calls the parts of the model and never that.)
-    A run that was killed goes on from its last checkpoint in ``folder`` and ends where it would have; one that has
-    ended is read.
+    A float32 copy is trained, by default without its embedding and head; it computes in bfloat16 where the full model
+    does. A run that was killed goes on from its last checkpoint in ``folder`` and ends where it would have; one that
+    has ended is read.
 
     Args:
         student: compact, possibly refitted.
         validation: the full model's answers to validation text: decides which state is best and when to stop.
         folder: of all runs' checkpoints, and of the full model's states of ``blocks`` where there are several passes.
+        answers: another folder for these states: the runs that share it ask the full model once for each block.
         kept: kept layers, needed for ``settings.states``.
         progress: called with a line of text at each look.
 
@@ -74,7 +75,8 @@ def distil(
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(settings.embeddings)
     if (history := stored_outcome(folder, model)) is None:
-        trainer = Distiller(full, validation, blocks, settings, kept, progress, model=model,
+        known = run_folder(Path(answers), [blocks, *full.parameters()], {}) if answers else None
+        trainer = Distiller(full, validation, blocks, settings, kept, progress, known, model=model,
                             args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
         history = trainer.fit("step", *fidelity.METRICS, "tokens", "seconds")
         store_outcome(folder, model, history)
@@ -85,13 +87,14 @@ def distil(
 
 def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Distillation) -> OneDevice:
     steps = blocks // settings.batch_size * settings.epochs
+    own = {"lr_scheduler_type": "cosine", "weight_decay": 0.0} | settings.more
     return OneDevice(
         output_dir=str(folder), on=str(full.device), bf16=full.dtype == torch.bfloat16, seed=settings.seed,
         max_steps=steps, per_device_train_batch_size=settings.batch_size, dataloader_drop_last=True,
         learning_rate=settings.learning_rate, warmup_steps=round(settings.warmup * steps),
-        lr_scheduler_type="cosine", weight_decay=0.0, eval_strategy="steps", eval_steps=settings.evaluate_every,
+        eval_strategy="steps", eval_steps=settings.evaluate_every,
         save_strategy="steps", save_steps=settings.evaluate_every, save_total_limit=2,
-        metric_for_best_model="eval_kl_nats", greater_is_better=False,
+        metric_for_best_model="eval_kl_nats", greater_is_better=False, **own,
     )  # fmt: skip
 
 
@@ -120,19 +123,23 @@ class Distiller(WatchedTrainer):
 
     def __init__(
         self, teacher: PreTrainedModel, validation: fidelity.Reference, blocks: Tensor, settings: Distillation,
-        kept: Sequence[int], progress: Callable | None, **arguments,
+        kept: Sequence[int], progress: Callable | None, known: Path | None = None, **arguments,
     ):  # fmt: skip
         arguments["train_dataset"] = StackDataset(input_ids=blocks, index=torch.arange(len(blocks)))
         super().__init__(settings.patience, eval_dataset=StackDataset(input_ids=validation.blocks), **arguments)
         self.teacher, self.validation, self.settings, self.kept = teacher, validation, settings, kept
         self.progress, self.tokens_a_step = progress, settings.batch_size * blocks.shape[1]
-        repeats = settings.epochs > 1 and not settings.states
-        self.answers = _Answers(teacher, blocks, Path(self.args.output_dir)) if repeats else None
+        repeats = (settings.epochs > 1 or known) and not settings.states
+        self.answers = _Answers(teacher, blocks, known or Path(self.args.output_dir)) if repeats else None
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
     ) -> Tensor:
         """The weighted sum of :class:`Distillation`, averaged over tokens."""
+        with self.compute_loss_context_manager():  # Trainer's own bfloat16 wraps only a forward that is not called here
+            return self.finite(self._loss(model, inputs))
+
+    def _loss(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         ids, use = inputs["input_ids"], self.settings
         wanted = {"input_ids": ids, "use_cache": False, "output_hidden_states": use.states > 0}
         with torch.no_grad():
@@ -155,7 +162,7 @@ class Distiller(WatchedTrainer):
             pairs = [(target.hidden_states[layer].float(), own.hidden_states[n]) for layer, n in places]
             errors = [(t - state).square().sum(-1) / t.square().sum(-1) for t, state in pairs]  # (B, T)
             loss = loss + use.states * sum(error.mean() for error in errors) / len(errors)
-        return self.finite(loss)
+        return loss
 
     def measure(self) -> dict[str, float]:
         """Fidelity on validation text, and the tokens so far."""

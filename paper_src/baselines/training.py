@@ -17,7 +17,7 @@ STAGES = 4  # cuts of a stepwise training
 
 def plain(on: Setting, model: PreTrainedModel, k: int, folder: Path, how: Distillation) -> Distilled:
     """``model`` distilled on the text that all methods get."""
-    return distil(on.full, model, on.blocks, on.validation, folder, how)
+    return distil(on.full, model, on.blocks, on.validation, folder, how, answers=on.folder / "answers")
 
 
 def whole(on: Setting, model: PreTrainedModel, k: int, folder: Path, how: Distillation) -> Distilled:
@@ -42,7 +42,7 @@ def stepwise(on: Setting, model: PreTrainedModel, k: int, folder: Path, how: Dis
     looks: list[dict[str, float]] = []  # of the latest stage, with what the earlier ones cost
 
     def train(small: PreTrainedModel, blocks: Tensor, stage: int) -> PreTrainedModel:
-        found = distil(on.full, small, blocks, on.validation, folder / str(stage), how)
+        found = distil(on.full, small, blocks, on.validation, folder / str(stage), how, answers=on.folder / "answers")
         spent = {name: looks[-1][name] if looks else 0 for name in ("step", "tokens", "seconds")}
         looks[:] = [look | {name: look[name] + before for name, before in spent.items()} for look in found.history]
         return found.model

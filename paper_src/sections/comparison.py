@@ -143,11 +143,12 @@ def _start(method: Method) -> str:
     return "closed_form" if method.refit or method.repair == "closed_form" else method.start
 
 
-def trained(on: Setting, job: Job) -> tuple[PreTrainedModel, Row]:
+def trained(on: Setting, job: Job, done: Sequence[Row] = ()) -> tuple[PreTrainedModel, Row]:
     """The model after the short distillation that every method gets, and what that adds to its row.
 
-    It starts where the method's algebra allows, once for each of ``on.rates``; validation text decides among them.
-    ``tokens`` are what this model has seen, ``search_tokens`` what all of them have.
+    It starts where the method's algebra allows, once for each of ``on.rates``; validation text decides among them. If
+    that is decided, in a row of another seed among ``done``, it takes that rate. ``tokens`` are what this model has
+    seen, ``search_tokens`` what all of them have.
     """
     method, start = METHODS[job.name], _start(METHODS[job.name])
     try:
@@ -159,7 +160,7 @@ def trained(on: Setting, job: Job) -> tuple[PreTrainedModel, Row]:
     seen = on.tokens((*method.needs, *(["blocks"] if method.refit and start == "closed_form" else [])), job.k)
     row: Row = {"start": start, "search_tokens": seen, "recovery_s": seconds, "valid_kl_nats": float("inf")}
     best = model
-    for rate in on.rates:
+    for rate in decided(job, done) or on.rates:
         how = replace(on.training, learning_rate=rate, seed=job.seed)
         found = TRAININGS[method.training](on, model, job.k, _folder(on, job), how)
         tokens, loss = int(found.history[-1]["tokens"]), min(look["kl_nats"] for look in found.history)
@@ -169,6 +170,12 @@ def trained(on: Setting, job: Job) -> tuple[PreTrainedModel, Row]:
             best = found.model
             row |= {"valid_kl_nats": loss, "learning_rate": rate, "tokens": seen + tokens}
     return best, row
+
+
+def decided(job: Job, done: Sequence[Row]) -> list[float]:
+    """The learning rate that the search of another seed of ``job`` has found among the rows ``done``; or nothing."""
+    same = [row for row in done if (row["name"], row["k"], row["recovered"]) == (job.name, job.k, True)]
+    return [row["learning_rate"] for row in same if "learning_rate" in row][:1]
 
 
 def measured(on: Setting, by: Measurement, model: PreTrainedModel, row: Row, done: Sequence[Row]) -> Row:

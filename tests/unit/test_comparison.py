@@ -56,7 +56,7 @@ def compared(setting, measurement, jobs):
     for job in finished.missing(jobs):
         with finished.row(job) as row:
             if job.recovered:
-                small, cost = comparison.trained(setting, job)
+                small, cost = comparison.trained(setting, job, finished.rows)
                 row.update(cost)
             else:
                 small, row["calibration_s"] = METHODS[job.name].make(setting, job.k)
@@ -67,6 +67,22 @@ def compared(setting, measurement, jobs):
 def table_of(setting, measurement, jobs):
     rows = compared(setting, measurement, jobs)
     return comparison.t7_baselines(rows, setting.full, measurement.judge, None)
+
+
+def test_only_the_first_seed_searches_the_learning_rate(setting, measurement):
+    setting.rates = [1e-5, 1e-3]
+    first, second = compared(setting, measurement, [Job("cut", 2, True, seed) for seed in (0, 1)])
+    assert first["learning_rate"] == second["learning_rate"] == 1e-3
+    assert first["tokens"] == second["tokens"] == second["search_tokens"] < first["search_tokens"]
+    assert first["ppl_ratio"] != second["ppl_ratio"]
+
+
+def test_the_full_model_answers_each_block_once_for_all_trainings(setting, measurement, monkeypatch):
+    asked, real = [], distillation.last_hidden
+    monkeypatch.setattr(distillation, "last_hidden", lambda model, ids: asked.append(len(ids)) or real(model, ids))
+    setting.rates = [1e-5, 1e-3]
+    compared(setting, measurement, [Job("cut", 2, True), Job("early_exit", 2, True)])
+    assert sum(asked) == len(setting.blocks)
 
 
 def test_bytes_are_those_of_the_weights(setting):
