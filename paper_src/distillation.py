@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,10 @@ class Distillation:
     seed: int = 0  # of the order of the blocks
     embeddings: bool = False  # whether embedding and head are trained too: where they are not those of the full model
     more: dict[str, object] = field(default_factory=dict)  # further arguments of transformers' TrainingArguments
+
+    def with_looks(self, count: int, blocks: int) -> "Distillation":
+        """The same with ``count`` looks at equal distances in a training on so many blocks."""
+        return replace(self, evaluate_every=max(1, blocks // self.batch_size * self.epochs // count))
 
 
 @dataclass

@@ -36,6 +36,12 @@ class Reference:
     negative_entropy: Tensor | None = None  # (N, T) sum of p log p, nats
     top1: Tensor | None = None  # (N, T) most probable token
 
+    def head(self, count: int) -> "Reference":
+        """The same of the first ``count`` blocks."""
+        own = {name: value if value is None or name == "mean_state" else value[:count]
+               for name, value in vars(self).items()}  # fmt: skip
+        return Reference(**own)
+
 
 @torch.no_grad()
 def mean_state(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> Tensor:

@@ -7,11 +7,14 @@ With h the state after a kept layer, t the full model's state before the next ke
 layer, x D is added to h, where D minimizes E |t - h - x D|^2 / |t|^2 + ridge |D|^2. Tokens are weighted by 1 / |t|^2
 because the next layer normalizes its input, and because the few attention sinks, whose norms are in the thousands,
 would decide everything otherwise. The ridge pulls towards the weights as they were.
+
+Some families (Gemma 2 and 3, OLMo 2) put a norm behind the MLP: its output z is added as g * z / rms(z). The factor of
+a token depends on the solution, so it is fitted in a few rounds, each with the factors of the round before
+(iteratively reweighted least squares); a round that brings held-out states no nearer is taken back.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paper_src import InputError, NotSupported
+from paper_src import InputError
 from paper_src.compaction import compact
-from paper_src.layers import LayerRunner, StandIn
+from paper_src.layers import StandIn
+from paper_src.least_squares import solved
 from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
+from paper_src.side_by_side import SideBySide
 from paper_src.support.processes import ALONE, Processes
 
-RIDGES = (1e-4, 1e-2, 1e-1, 1.0)
-HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by
+ROUNDS, STEPS = 4, (1.0, 0.5, 0.25)  # at most, where a norm stands behind the MLP; shares of a round's change
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Form:
     features: Callable[[nn.Module, Tensor, Tensor], Tensor]  # that module, its input, its output -> x (B, T, F)
     build_: Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]  # layer, D (F, d) -> layer with D in it, D rounded
     diagonal: bool = False  # so is D
-    standard: bool = True  # no parameter is added: the model is a standard checkpoint
+    standard: bool = True  # no parameter is added: the model is a standard checkpoint; what it changes is in the MLP
 
 
 class Mapped(StandIn):
@@ -82,53 +86,6 @@ FORMS = {
 
 
 @dataclass
-class NormalEquations:
-    """Weighted second moments, in float64, of features x (F,) and what they must add, y (d,)."""
-
-    xx: Tensor  # (F, F)
-    xy: Tensor  # (F, d)
-    yy: float = 0.0
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, features: int, width: int, device: torch.device) -> "NormalEquations":
-        """No tokens yet."""
-        return cls(*(torch.zeros(features, n, dtype=torch.float64, device=device) for n in (features, width)))
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add tokens: x (n, F), y (n, d), weights (n,)."""
-        x, y = x.float() * weights[:, None].sqrt(), y.float() * weights[:, None].sqrt()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += float(y.double().square().sum())
-        self.tokens += len(x)
-
-    def over(self, processes: Processes) -> "NormalEquations":
-        """The sums of all processes."""
-        scalars = torch.tensor([self.yy, self.tokens], dtype=torch.float64, device=self.xx.device)
-        yy, tokens = processes.summed(scalars).tolist()
-        return NormalEquations(processes.summed(self.xx), processes.summed(self.xy), yy, round(tokens))
-
-    def __add__(self, other: "NormalEquations") -> "NormalEquations":
-        return NormalEquations(*(getattr(self, name) + getattr(other, name) for name in ("xx", "xy", "yy", "tokens")))
-
-    def solve(self, ridge: float, diagonal: bool = False) -> Tensor:
-        """(F, d) argmin over D of E |y - x D|^2 + ridge * sum over features f of E x_f^2 |D_f|^2; or D diagonal.
-
-        Each feature's penalty is in its own unit, for MLP activations differ by orders of magnitude.
-        """
-        own = self.xx.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
-        if diagonal:
-            return (self.xy.diagonal() / ((1 + ridge) * own)).diag()
-        return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + (ridge * own).diag()))
-
-    def error(self, solution: Tensor) -> float:
-        """E |y - x D|^2 per token."""
-        fitted = (solution * (self.xx @ solution - 2 * self.xy)).sum()
-        return float(fitted + self.yy) / self.tokens
-
-
-@dataclass
 class Recovered:
     """A repaired compact model."""
 
@@ -146,7 +103,8 @@ def closed_form(
 ) -> Recovered:  # fmt: skip
     """The compact model of ``kept``, refitted on ``blocks`` (N, T); it shares the other weights with ``full``.
 
-    Cost: one pass of each model over ``blocks``, and the solves. States lie in files: memory does not grow with N T.
+    Cost: one pass of each model over ``blocks``, a second one of the layers that are refitted (some more where a norm
+    stands behind the MLP), and the solves. States lie in files: memory does not grow with N T.
 
     Args:
         form: one of ``FORMS``.
@@ -156,7 +114,7 @@ def closed_form(
 
     Raises:
         InputError: unknown form or reach, or less than two batches of blocks.
-        NotSupported: a layer does not add its MLP's output to its input as it is (Gemma 2, OLMo 2).
+        NotSupported: a layer does not add its MLP's output to its input, as it is or through an RMS norm.
     """
     if form not in FORMS or reach not in ("all", "gaps"):
         raise InputError(f"form {form!r}, reach {reach!r}: use one of {tuple(FORMS)}, and 'all' or 'gaps'")
@@ -166,111 +124,49 @@ def closed_form(
     path, layers = locate_layers(small)
     result, bounds = Recovered(small, blocks.numel()), [*kept, len(decoder_layers(full))]
     with tempfile.TemporaryDirectory() as folder:
-        walk = _Walk((full, small), blocks.to(full.device), batch_size, Path(folder), processes)
+        walk = SideBySide((full, small), blocks.to(full.device), batch_size, Path(folder), processes)
         for position in progress(range(len(kept))):
             stop = bounds[position + 1]
-            cut = stop > bounds[position] + 1 if reach == "gaps" else stop > position + 1
-            sums = walk.advance(position, stop, layers[position], how if cut else None)
-            if cut:
-                solution, row = _solved(*sums, how.diagonal)
-                small.set_submodule(f"{path}.{position}", walk.correct(layers[position], how, solution))
+            walk.advance_full(stop)
+            matrix = None
+            if stop > bounds[position] + 1 if reach == "gaps" else stop > position + 1:
+                layer, row, matrix = _refitted(walk, position, layers[position], how)
                 result.refits.append({"layer": kept[position], **row})
-                if not how.standard:
-                    result.added += len(solution) if how.diagonal else solution.numel()
+            if matrix is not None:  # behind the layer
+                small.set_submodule(f"{path}.{position}", layer)
+                result.added += len(matrix) if how.diagonal else matrix.numel()
+            walk.advance_small(position, matrix)
     return result
 
 
-def _solved(fitted: NormalEquations, held_out: NormalEquations, diagonal: bool) -> tuple[Tensor, dict[str, float]]:
-    """The solution on all tokens at the best of ``RIDGES``, and its row of ``Recovered.refits``."""
-    none = torch.zeros_like(held_out.xy)  # what an endless ridge gives: nothing else may hold on other text
-    errors = {float("inf"): held_out.error(none)}
-    errors |= {ridge: held_out.error(fitted.solve(ridge, diagonal)) for ridge in RIDGES}
-    ridge = min(errors, key=errors.get)
-    row = {"ridge": ridge, "error_before": errors[float("inf")], "error_after": errors[ridge]}
-    return none if ridge == float("inf") else (fitted + held_out).solve(ridge, diagonal), row
+def _refitted(
+    walk: SideBySide, position: int, layer: nn.Module, how: Form
+) -> tuple[nn.Module, dict[str, float], Tensor | None]:  # fmt: skip
+    """The layer with its correction, its row of ``Recovered.refits``, and the matrix behind the layer, if that is it."""
+    if how.standard and (norm := walk.norm_behind(position, layer)) is not None:
+        return layer, _through_norm_(walk, position, layer, how, norm), None
+    solution, row = solved(*walk.sums(position, layer, how), how.diagonal)
+    layer, matrix = how.build_(layer, solution)
+    if not how.standard:
+        return layer, row, matrix
+    walk.require_additive(position, matrix)
+    return layer, row, None
 
 
-@contextmanager
-def _watched(layer: nn.Module, form: Form | None) -> Iterator[list[Tensor]]:
-    """A list that gets the features of each call of ``layer``; none without a form."""
-    seen: list[Tensor] = []
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> None:
-        seen.append(form.features(module, inputs[0], output[0] if isinstance(output, tuple) else output))
-
-    with form.module(layer).register_forward_hook(look) if form else nullcontext():  # a hook's handle is a context
-        yield seen
-
-
-class _Walk:
-    """Both models side by side, layer after layer over all blocks; states (N, T, width) lie in files."""
-
-    def __init__(
-        self, models: tuple[PreTrainedModel, ...], blocks: Tensor, batch_size: int, folder: Path, processes: Processes
-    ):
-        self.teacher, self.student = map(LayerRunner, models)
-        batches = blocks.split(batch_size)
-        self.numbers = processes.mine(range(len(batches)))  # of this process's batches among all
-        self.blocks, self.folder, self.processes = torch.cat(processes.mine(batches)), folder, processes
-        self.parts = [slice(low, low + batch_size) for low in range(0, len(self.blocks), batch_size)]
-        self.reached = 0
-        self.states: dict[str, Tensor] = {}
-        for part in self.parts:
-            for name in ("full", "small"):
-                self._put(name, part, self.teacher.embedded(self.blocks[part]))
-
-    def advance(self, position: int, stop: int, layer: nn.Module, form: Form | None) -> list[NormalEquations]:
-        """With a form, the normal equations of the batches to fit on and of those held out, else none.
-
-        Moves the compact model over its layer ``position``, and the full one to before its layer ``stop``.
-        """
-        sums: list[NormalEquations] = []
-        for number, part in zip(self.numbers, self.parts, strict=True):
-            ids = self.blocks[part]
-            target = self.teacher.run(ids, self._get("full", part), self.reached, stop)
-            before = self._get("small", part).clone()
-            with _watched(layer, form) as seen:
-                own = self.student.run(ids, before, position, position + 1)
-            self._put("full", part, target)
-            self._put("small", part, own)
-            if form:
-                if part is self.parts[0]:
-                    self.check = (ids, position, before)
-                features = seen[-1].reshape(*ids.shape, -1)  # some families flatten them
-                self._put("features", part, features)
-                x, y, t = (states.flatten(0, 1).float() for states in (features, target.float() - own, target))
-                if not sums:
-                    sums = [NormalEquations.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
-                sums[number % HELD_OUT == 1].add(x, y, 1 / t.square().sum(-1))
-        self.reached = stop
-        return [each.over(self.processes) for each in sums]
-
-    def correct(self, layer: nn.Module, form: Form, solution: Tensor) -> nn.Module:
-        """``layer`` with the correction in it, which goes into the states behind it as well."""
-        layer, matrix = form.build_(layer, solution)
-        for part in self.parts:
-            own, x = self._get("small", part), self._get("features", part)
-            self._put("small", part, own + (x.float() @ matrix).to(own.dtype))
-        self.states.pop("features")
-        if form.standard:
-            self._require_additive()
-        return layer
-
-    def _require_additive(self) -> None:
-        """Raise unless the corrected layer really gives what the algebra says."""
-        ids, position, before = self.check
-        given = self.student.run(ids, before, position, position + 1).float()
-        expected = self._get("small", self.parts[0]).float()
-        if not (given - expected).norm() <= 0.05 * expected.norm():
-            raise NotSupported(f"layer {position} does not add its MLP's output to its state as it is (a norm behind "
-                               "it, experts): distil without the closed form, or use form='linear'")  # fmt: skip
-
-    def _get(self, name: str, part: slice) -> Tensor:
-        return self.states[name][part].to(self.blocks.device)
-
-    def _put(self, name: str, part: slice, states: Tensor) -> None:
-        if name not in self.states:
-            shape = torch.Size((len(self.blocks), *states.shape[1:]))
-            held = torch.from_file(str(self.folder / name), shared=True, size=shape.numel(), dtype=states.dtype)
-            self.states[name] = held.view(shape)
-        self.states[name][part] = states.cpu()
+def _through_norm_(walk: SideBySide, position: int, layer: nn.Module, how: Form, norm: nn.Module) -> dict[str, float]:
+    """Refit ``layer``, whose MLP's output goes through ``norm``, in rounds; its row of ``Recovered.refits``."""
+    writer, error, ridge = mlp_writer(layer), walk.error(position), float("inf")
+    row = {"error_before": error}
+    for _ in range(ROUNDS):
+        old, best = writer.weight, error
+        solution, found = solved(*walk.sums(position, layer, how, norm), how.diagonal)
+        for step in STEPS:
+            writer.weight = old
+            how.build_(layer, step * solution)
+            if (error := walk.error(position)) < best:
+                ridge = found["ridge"]
+                break
+        else:
+            writer.weight, error = old, best
+            break
+    return {"ridge": ridge, **row, "error_after": error}

@@ -1,5 +1,6 @@
 """The judge of sections 5 and 7: a model beside the full one on every kind of text of one split."""
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -13,12 +14,18 @@ from paper_src import InputError, data, fidelity
 from paper_src.sections.windows import window_rows
 
 OTHER_TEXT = ("nll_nats", "cosine")  # measured on every kind of text; all metrics on the first
+FEW = " few"  # behind the kind of text of the losses of exploratory rows
 ALL_METRICS = 8192  # tokens of it that get them
 
 
 def kind_of_text(name: str) -> str:
     """The name of a text as it stands in a column: the last part of a folder's path."""
     return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def few_text(table: pd.DataFrame) -> str:
+    """The first kind of text of the exploratory rows of a ``tN_windows``."""
+    return next(text for text in table["text"] if text.endswith(FEW))
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int) -> Tensor:
@@ -58,6 +65,17 @@ def as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: i
             count = max(1, count * 9 // 10)
 
 
+def far_apart(count: int) -> list[int]:
+    """0 to ``count`` - 1 in an order whose beginnings are spread over all of them, by halving the distances.
+
+    Example:
+        >>> far_apart(6)
+        [0, 4, 2, 1, 5, 3]
+    """
+    bits = max(1, (count - 1).bit_length())
+    return [place for n in range(2**bits) if (place := int(f"{n:0{bits}b}"[::-1], 2)) < count]
+
+
 class Judge:
     """Compares models with the full one on several kinds of text of one split.
 
@@ -81,12 +99,13 @@ class Judge:
         self.references: dict[str, fidelity.Reference] = {}
         self.rest: fidelity.Reference | None = None  # windows of the first kind that are judged by OTHER_TEXT alone
         self.digests: dict[str, str] = {}
-        self.seed, self.model_digest = seed, model_digest
+        self.seed, self.model_digest, self.label = seed, model_digest, ""
         (count, length), whole = shape, max(1, ALL_METRICS // shape[1])
         for name in texts:
             kind = kind_of_text(name)
             text, self.digests[f"{kind} {split}"] = data.load_text(name, split)
-            blocks = self.blocks[kind] = data.token_blocks(tokenizer, text, count, length, seed)
+            blocks = data.token_blocks(tokenizer, text, count, length, seed)
+            blocks = self.blocks[kind] = blocks[far_apart(len(blocks))]  # whose first few are of the whole text too
             metrics = OTHER_TEXT if self.references else fidelity.METRICS
             if not self.references and count > whole:
                 self.rest = fidelity.reference(full, blocks[whole:], mean, metrics=OTHER_TEXT)
@@ -98,15 +117,32 @@ class Judge:
             first = kind_of_text(texts[0])
             self.full_nll[first] = np.concatenate([self.full_nll[first], _nll(full, self.rest)])
 
+    def few(self, windows: int, others: int) -> "Judge":
+        """The same by the first windows of each kind alone, for exploratory rows; their losses stand apart."""
+        part = copy.copy(self)
+        wanted = {kind: others if n else windows for n, kind in enumerate(self.blocks)}
+        part.blocks = {kind: self.blocks[kind][:count] for kind, count in wanted.items()}
+        part.references = {kind: own.head(wanted[kind]) for kind, own in self.references.items()}
+        part.full_nll = {kind: self.full_nll[kind][:count] for kind, count in wanted.items()}
+        part.label = FEW
+        left = windows - len(self.first.blocks)
+        part.rest = self.rest.head(left) if self.rest is not None and left > 0 else None
+        return part
+
     @property
     def first(self) -> fidelity.Reference:
         """The reference on the first kind of text, on the windows that get all metrics."""
         return next(iter(self.references.values()))
 
     @property
+    def first_blocks(self) -> Tensor:
+        """(N, T) token ids of all windows of the first kind of text."""
+        return next(iter(self.blocks.values()))
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of the first kind of text."""
-        return next(iter(self.blocks.values())).numel()
+        return self.first_blocks.numel()
 
     @property
     def nll(self) -> float:
@@ -130,7 +166,8 @@ class Judge:
 
     def windows(self, row: str, found: Mapping[str, Mapping[str, np.ndarray]]) -> pd.DataFrame:
         """Part of a ``tN_windows`` with the losses of every window of what :meth:`compare` gave."""
-        parts = [window_rows(row, kind, self.blocks[kind], self.model_digest, found[kind]) for kind in found]
+        parts = [window_rows(row, f"{kind}{self.label}", self.blocks[kind], self.model_digest, found[kind])
+                 for kind in found]  # fmt: skip
         return pd.concat(parts, ignore_index=True)
 
     def row(self, model: PreTrainedModel) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +20,6 @@ from transformers import PreTrainedModel
 from paper_src import InputError, NotSupported, distillation, fidelity, recovery, selection
 from paper_src.compaction import compact
 from paper_src.models import layer_counts
-from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
 from paper_src.sections.judge import Judge
 from paper_src.selection import kept_text
@@ -175,25 +175,41 @@ def form_row(found: Stage, kept: Sequence[int], metrics: Mapping[str, float]) ->
 
 
 def stage_row(
-    chosen_by: str, kept: Sequence[int], recovered: str, found: Stage, metrics: Mapping[str, float]
+    chosen_by: str, kept: Sequence[int], recovered: str, found: Stage, judge: Judge, metrics: Mapping[str, float]
 ) -> dict[str, object]:
-    """A row of t5_recovery, of a stage's cost and a judge's ``metrics``; no layers are the trivial predictor's."""
-    return {"k": len(kept), "selection": chosen_by, "kept": kept_text(kept), "recovery": recovered,
-            "form": found.form, "reach": found.reach, "trained": bool(found.history), "tokens": found.tokens,
-            "training_tokens": found.training_tokens, "seconds": found.seconds, "parameters_added": found.added,
-            **metrics}  # fmt: skip
+    """A row of t5_recovery, of a stage's cost and what ``judge`` found; no layers are the trivial predictor's.
+
+    ``n_windows`` are those of the first kind of text, ``n_tokens`` the tokens in them; ``row`` is its name in
+    t5_windows.
+    """
+    name = chosen_by if chosen_by in ("full", "trivial") else f"{chosen_by} k={len(kept)} {recovered}"
+    return {"row": name, "k": len(kept), "selection": chosen_by,
+            "kept": kept_text(kept), "recovery": recovered, "form": found.form, "reach": found.reach,
+            "trained": bool(found.history), "tokens": found.tokens, "training_tokens": found.training_tokens,
+            "seconds": found.seconds, "parameters_added": found.added, **metrics,
+            "n_windows": len(judge.first_blocks), "n_tokens": judge.n_tokens}  # fmt: skip
 
 
-def t5_recovery(rows: Sequence[dict[str, object]], judge: Judge) -> pd.DataFrame:
-    """t5_recovery: every model between the full one and the trivial predictor, and the tokens judged on."""
-    return pd.DataFrame(rows).assign(n_tokens=judge.first.blocks.numel())
+def judged(
+    chosen_by: str, kept: Sequence[int], recovered: str, found: Stage, judge: Judge
+) -> tuple[dict[str, object], pd.DataFrame]:
+    """A row of t5_recovery and its part of t5_windows."""
+    values = judge.compare(found.model)
+    row = stage_row(chosen_by, kept, recovered, found, judge, judge.summary(values))
+    return row, judge.windows(row["row"], values)
 
 
-def t5_curve(stages: Mapping[int, Mapping[str, Stage]], judge: Judge) -> pd.DataFrame:
-    """t5_curve: every look of the distillations at validation text, ``ppl_ratio`` to the full model's."""
+def looks_at(full: PreTrainedModel, judge: Judge) -> tuple[fidelity.Reference, float]:
+    """The full model's answers to the text that a training is watched on, all kinds alike, and its loss there."""
+    reference = fidelity.reference(full, torch.cat(list(judge.blocks.values())), judge.first.mean_state)
+    return reference, float(fidelity.compare(full, reference, metrics=["nll_nats"])["nll_nats"].mean())
+
+
+def t5_curve(stages: Mapping[int, Mapping[str, Stage]], nll: float) -> pd.DataFrame:
+    """t5_curve: every look of the distillations at validation text of all kinds, where the full model has ``nll``."""
     rows = [{"k": k, "closed_form_s": found["closed_form"].seconds, **look}
             for k, found in stages.items() for look in found["distilled"].history]  # fmt: skip
-    return pd.DataFrame(rows).assign(ppl_ratio=lambda frame: np.exp(frame["nll_nats"] - judge.nll))
+    return pd.DataFrame(rows).assign(ppl_ratio=lambda frame: np.exp(frame["nll_nats"] - nll))
 
 
 def recommended(curve: pd.DataFrame, target: float) -> dict[str, float]:
@@ -212,9 +228,9 @@ METRICS = {"cosine": "cosine to the full model", "ppl_ratio": "perplexity / full
 
 def f5_recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figure:
     """What each stage of repair brings back: cosine of the last hidden state and perplexity over the full model's.
-    Left: test text (n: `n_tokens` of t5_recovery); bars: 95% bootstrap over windows; dashed: the trivial predictor.
-    Right: every look at validation text during the distillation, which begins after the closed form; seconds are of
-    training alone. Dotted: the cosine that was asked for.
+    Left: test text (`n_windows` of t5_recovery); bars: 95% bootstrap over windows; dashed: the trivial predictor.
+    Right: every look at validation text of all kinds during the distillation, which begins after the closed form;
+    seconds are of training alone. Dotted: the cosine that was asked for.
     """
     rows = table[table["selection"] == "selected"]
     keep = sorted(set(rows["k"]), reverse=True)
@@ -228,7 +244,7 @@ def f5_recovery(table: pd.DataFrame, curve: pd.DataFrame, target: float) -> Figu
                 part = curve[curve["k"] == k]
                 label = f"k = {k}: {part['tokens'].max() / 1e3:,.0f}k tokens, {part['seconds'].max():,.0f} s"
                 right.plot(part["tokens"] / 1e3, part[metric], marker="o", ms=3, color=colour, label=label)
-            for axis, text in ((left, "test text"), (right, "validation text")):
+            for axis, text in ((left, "test text"), (right, "validation text of all kinds")):
                 axis.set_title(f"{title}, {text}")
                 if metric == "cosine":
                     axis.axhline(target, color=RED, lw=1, ls=":", label=f"target {target:g}")
@@ -252,48 +268,3 @@ def _stages(axis: Axes, rows: pd.DataFrame, keep: Sequence[int], metric: str) ->
         axis.errorbar(x, part[metric], spread, fmt="o", ms=5, color=colour, label=label)
     axis.set_xticks(range(len(keep)), [f"k = {k}" for k in keep])
     axis.set_xlim(-0.5, len(keep) - 0.5)
-
-
-def t5_findings(read: Read) -> pd.DataFrame:
-    """t5_findings: what each stage of repair brings at the smallest and largest k, and what the selection adds."""
-    table, found = read("t5_recovery"), Findings()
-    stages = table[table["selection"] == "selected"].set_index(["k", "recovery"])
-    ks = stages.index.get_level_values("k")
-    units = {"cosine": "cosine", "cosine_centred": "cosine", "top1_agreement": "share of tokens", "tokens": "tokens",
-             "ppl_ratio": "perplexity / full", "ppl_ratio_mean": "perplexity / full, all kinds",
-             "seconds": "s"}  # fmt: skip
-    found.add("t5_recovery", "recovery_test_tokens", table["n_tokens"].max(), unit="tokens of each kind of text")
-    for role, k in (("smallest", ks.min()), ("largest", ks.max())):
-        found.add("t5_recovery", f"recovered_{role}_k", k, unit="layers")
-        for name, stage in (("cut", "none"), ("refitted", "closed_form"), ("recovered", "distilled")):
-            row = stages.loc[(k, stage)]
-            for column, unit in units.items():
-                found.add("t5_recovery", f"{column}_{name}_{role}", *ends(row, column), unit=unit, n=row["n_tokens"],
-                          test="bootstrap over windows, n in tokens" if f"{column}_lo" in row else "")  # fmt: skip
-    constant = table[table["selection"] == "trivial"].iloc[0]
-    found.add("t5_recovery", "cosine_constant", *ends(constant, "cosine"), unit="cosine", n=constant["n_tokens"],
-              test="bootstrap over windows, n in tokens")  # fmt: skip
-    wide = table[table["selection"] == "distributed"].set_index("recovery")["ppl_ratio"]
-    for name, stage in (("cut", "none"), ("refitted", "closed_form")):
-        ratio = wide[stage] / stages.loc[(ks.min(), stage), "ppl_ratio"]
-        found.add("t5_recovery", f"distributed_over_selected_{name}", ratio, unit="perplexity ratio")
-    _selections(found, read("t5_selection"))
-    mixes = read("t5_mix")
-    kinds = [name.removeprefix("ppl_ratio_") for name in mixes if name.startswith("ppl_ratio_")][:-1]
-    found.add("t5_mix", "kinds_of_text", len(kinds), unit="kinds", text=", ".join(kinds))
-    picked = mixes.loc[mixes["chosen"], "mix"]
-    found.add("t5_mix", "mix_chosen", len(picked), n=len(mixes), unit="mixes",
-              text=picked.iloc[0] if len(picked) else "none")  # fmt: skip
-    return found.frame()
-
-
-def _selections(found: Findings, table: pd.DataFrame) -> None:
-    """Adds whether the best selection is another one after a refit, and random ones beside it."""
-    real, drawn = table[table["strategy"] != "random"], table[table["strategy"] == "random"]
-    moved = [k for k, part in real.groupby("k") if part.loc[part["rank_cut"] == 1, "rank_refitted"].item() != 1]
-    found.add("t5_selection", "best_changes_by_refit", len(moved), n=real["k"].nunique(), unit="sizes k",
-              text=", ".join(map(str, moved)))  # fmt: skip
-    best = real.loc[real["k"] == real["k"].min(), "ppl_ratio_refitted"].min()
-    for name, value in (("selected", best), ("random_best", drawn["ppl_ratio_refitted"].min()),
-                        ("random_median", drawn["ppl_ratio_refitted"].median())):  # fmt: skip
-        found.add("t5_selection", f"small_refit_{name}", value, n=len(drawn), unit="perplexity / full, validation text")

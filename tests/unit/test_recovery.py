@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import build_model
 from torch import nn
 
-from paper_src import InputError, compaction, models, recovery
+from paper_src import compaction, least_squares, models, recovery
 from paper_src.layers import StandIn
 
 
@@ -32,6 +33,18 @@ class EchoLayer(LinearLayer):
         return hidden + self.seen[-1] @ self.matrix
 
 
+class _Replaces(StandIn):
+    """In place of a layer: what ``other`` makes of the state that ``before`` was given."""
+
+    def __init__(self, layer, other, before):
+        super().__init__(layer)
+        self.other, self.given = other, []
+        before.register_forward_pre_hook(lambda module, inputs: self.given.append(inputs[0]))
+
+    def forward(self, hidden, *args, **kwargs):
+        return self.other(self.given[-1], *args, **kwargs)
+
+
 def states(model, blocks):
     with torch.no_grad():
         return models.last_hidden(model, blocks)
@@ -42,7 +55,7 @@ class TestNormalEquations:
         generator = torch.Generator().manual_seed(0)
         x, y = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (4, 3))
         weights = torch.rand(50, generator=generator, dtype=torch.float64) + 0.1
-        moments = recovery.NormalEquations.empty(4, 3, torch.device("cpu"))
+        moments = least_squares.NormalEquations.empty(4, 3, torch.device("cpu"))
         for low in range(0, 50, 7):
             moments.add(x[low : low + 7], y[low : low + 7], weights[low : low + 7])
         root = weights.sqrt()[:, None]
@@ -56,12 +69,12 @@ class TestNormalEquations:
         )
 
     def test_a_large_ridge_leaves_the_weights_as_they_were(self):
-        moments = recovery.NormalEquations.empty(2, 2, torch.device("cpu"))
+        moments = least_squares.NormalEquations.empty(2, 2, torch.device("cpu"))
         moments.add(torch.eye(2), torch.ones(2, 2), torch.ones(2))
         assert moments.solve(1e9).abs().max() < 1e-8
 
     def test_diagonal_solution_by_hand(self):
-        moments = recovery.NormalEquations.empty(2, 2, torch.device("cpu"))
+        moments = least_squares.NormalEquations.empty(2, 2, torch.device("cpu"))
         moments.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 9.0], [1.0, 9.0]]), torch.ones(2))
         expected = torch.tensor([4 / 10, 54 / 20], dtype=torch.float64).diag()
         torch.testing.assert_close(moments.solve(0.0, diagonal=True), expected)
@@ -121,15 +134,40 @@ class TestClosedForm:
             before = (states(compaction.compact(llama, (0, 3)), other) - states(llama, other)).square().mean()
             assert (states(found.model, other) - states(llama, other)).square().mean() < 0.8 * before
 
-    def test_each_family_is_refitted_or_refused(self, full, family, make_blocks):
-        blocks = make_blocks(64, 16)
-        if family in ("gemma2", "gemma3_text", "olmo2"):  # a norm behind the MLP
-            with pytest.raises(InputError, match="does not add"):
-                recovery.closed_form(full, (0, 3), blocks, reach="gaps")
-            return
+    def test_each_family_is_refitted(self, full, family, make_blocks):
+        blocks, other = make_blocks(64, 16), make_blocks(32, 16, seed=1)
         found = recovery.closed_form(full, (0, 3), blocks, reach="gaps")
         assert found.added == 0
         assert found.refits[0]["error_after"] < found.refits[0]["error_before"]
+        before = (states(compaction.compact(full, (0, 3)), other) - states(full, other)).square().mean()
+        assert (states(found.model, other) - states(full, other)).square().mean() < before
+
+    @pytest.mark.parametrize("form", ["down_proj", "mlp_map"])
+    def test_a_map_through_a_norm_behind_the_mlp_is_found(self, make_blocks, form):
+        full = build_model("gemma3_text")
+        with torch.no_grad():
+            for layer in full.model.layers:
+                layer.mlp.down_proj.weight *= 30  # so that the MLPs say something
+            full.model.layers[0].post_feedforward_layernorm.weight += torch.randn(32)
+        blocks, changed = make_blocks(256, 16), compaction.compact(full, range(4))
+        writer = changed.model.layers[0].mlp.down_proj
+        if form == "down_proj":
+            models.add_to_weight_(writer, 5 * writer.weight.std() * torch.randn(48, 32))
+        else:
+            writer.weight = nn.Parameter((torch.eye(32) + 0.3 * torch.randn(32, 32)) @ writer.weight.detach())
+        # a full model whose second layer undoes what stands behind the first: only the norm's factor is in the way
+        target = states(changed, blocks)
+        full.model.layers[1] = _Replaces(full.model.layers[1], changed.model.layers[0], full.model.layers[0])
+        found = recovery.closed_form(full, (0, 2, 3), blocks, form=form)
+        assert found.refits[0]["error_after"] < 0.02 * found.refits[0]["error_before"]
+        assert target.isfinite().all()
+
+    def test_something_else_behind_the_mlp_is_refused(self, make_blocks, monkeypatch, refused):
+        full = build_model("gemma3_text")
+        kind = type(full.model.layers[0].post_feedforward_layernorm)
+        monkeypatch.setattr(kind, "forward", lambda self, x: x.sigmoid())
+        with refused("Gemma3RMSNorm stands behind the MLP of layer 0 and is no RMS norm"):
+            recovery.closed_form(full, (0, 3), make_blocks(16, 8))
 
     def test_the_result_is_a_standard_checkpoint(self, llama, make_blocks, tmp_path):
         found = recovery.closed_form(llama, (0, 3), make_blocks(64, 16)).model
@@ -163,7 +201,8 @@ class TestClosedForm:
         recovery.closed_form(llama, (0, 3), make_blocks(64, 8), batch_size=4)
         # each layer once on two tokens, to see what it returns, then on 16 batches
         assert calls.count("full") == 4 + 16 * 4
-        assert calls.count("compact") == 2 + 16 * 2 + 1  # the refitted layer once more on one batch
+        # the refitted layer once more, and on one batch to see what stands behind its MLP and to check the algebra
+        assert calls.count("compact") == 2 + 16 * 3 + 2
 
     def test_bad_input(self, llama, make_blocks, refused):
         with refused("form 'lstsq'"):

@@ -44,12 +44,37 @@ def test_looks_and_the_constant_answer_are_set_beside_the_full_model(judge):
     nll = judge.row(model)["nll_nats"]
     history = [{"nll_nats": nll}, {"nll_nats": nll + math.log(3)}]
     stages = {2: {"closed_form": rows.Stage(model), "distilled": rows.Stage(model, history=history)}}
-    looks = rows.t5_curve(stages, judge)
+    looks = rows.t5_curve(stages, nll)
     assert looks["ppl_ratio"].tolist() == pytest.approx([1, 3])
     constant = judge.constant_row(model)
     assert constant["ppl_ratio"] == pytest.approx(math.exp(constant["nll_nats"] - nll))
-    table = rows.t5_recovery([rows.stage_row("trivial", (), "none", rows.Stage(model), constant)], judge)
-    assert table[["k", "kept", "n_tokens"]].values.tolist() == [[0, "", 48]]
+    row = rows.stage_row("trivial", (), "none", rows.Stage(model), judge, constant)
+    assert [row[name] for name in ("row", "k", "kept", "n_windows", "n_tokens")] == ["trivial", 0, "", 3, 48]
+
+
+def test_a_training_is_watched_on_all_kinds_of_text(judge):
+    model, judge = judge
+    watched, nll = rows.looks_at(model, judge)
+    assert torch.equal(watched.blocks, torch.cat(list(judge.blocks.values())))
+    assert nll == pytest.approx(sum(losses.mean() for losses in judge.full_nll.values()) / 2)
+
+
+def test_few_windows_are_the_first_of_all(texts, tokenizer, monkeypatch):
+    model = build_model("llama", vocab_size=300)
+    monkeypatch.setattr("paper_src.sections.judge.ALL_METRICS", 32)  # two windows get all metrics
+    judge = Judge(model, tokenizer, texts, "test", (5, 16), torch.zeros(32), seed=0, others=3)
+    small = compact(model, (0, 3))
+    whole, part = judge.compare(small), judge.few(3, 2).compare(small)
+    for kind, count in (("plain", 3), ("other", 2)):
+        assert part[kind]["nll_nats"].tolist() == pytest.approx(whole[kind]["nll_nats"][:count])
+    assert len(part["plain"]["kl_nats"]) == 2
+    summary = judge.few(3, 2).summary(part)
+    gaps = [
+        (part[kind]["nll_nats"] - judge.full_nll[kind][:count]).mean() for kind, count in (("plain", 3), ("other", 2))
+    ]
+    assert summary["ppl_ratio_mean"] == pytest.approx(math.exp(sum(gaps) / 2))
+    assert set(judge.few(3, 2).windows("x", part)["text"]) == {"plain few", "other few"}
+    assert len(judge.compare(small)["plain"]["nll_nats"]) == 5  # as it was
 
 
 def test_the_mean_over_kinds_of_text_is_geometric(judge):
@@ -148,7 +173,7 @@ def test_a_refit_is_the_closed_form(judge, make_blocks):
     found, expected = rows.refit(model, (0, 3), blocks), recovery.closed_form(model, (0, 3), blocks)
     assert found.tokens == expected.tokens == blocks.numel()
     assert torch.equal(found.model(blocks).logits, expected.model(blocks).logits)
-    row = rows.stage_row("selected", (0, 3), "closed_form", found, {})
+    row = rows.stage_row("selected", (0, 3), "closed_form", found, judge[1], {})
     assert (row["form"], row["reach"], row["trained"], row["tokens"]) == ("down_proj", "gaps", False, blocks.numel())
 
 
@@ -159,4 +184,6 @@ def test_the_cost_of_a_stage_holds_that_of_the_one_before(judge, make_blocks, tm
     found = rows.distil(model, start, make_blocks(8, 16, vocab=300), judge.first, tmp_path, settings)
     assert (found.tokens, found.training_tokens, found.form) == (100 + 128, 128, "down_proj")
     assert found.seconds > 5
-    assert rows.stage_row("selected", (0, 3), "distilled", found, {})["trained"]
+    row, windows = rows.judged("selected", (0, 3), "distilled", found, judge)
+    assert row["trained"] and row["row"] == "selected k=2 distilled"
+    assert windows.loc[windows["text"] == "plain", "nll_nats"].mean() == pytest.approx(row["nll_nats"])
