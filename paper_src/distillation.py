@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
 from paper_src.models import last_hidden, logits_of
-from paper_src.support.checkpoints import OneDevice, WatchedTrainer, run_folder, store_outcome, stored_outcome
+from paper_src.support.checkpoints import (
+    OneDevice,
+    WatchedTrainer,
+    room_in,
+    run_folder,
+    store_outcome,
+    stored_outcome,
+    tensor_in_file,
+)
 
 
 @dataclass
@@ -69,7 +77,8 @@ def distil(
         progress: called with a line of text at each look.
 
     Raises:
-        InputError: the loss turns NaN or Inf (the last good checkpoint stays), or less than a batch of blocks.
+        InputError: the loss turns NaN or Inf, or the disk is full (the last good checkpoint stays), or less than a
+            batch of blocks.
     """
     settings = settings or Distillation()
     if len(blocks) < settings.batch_size:
@@ -83,7 +92,8 @@ def distil(
         trainer = Distiller(full, validation, blocks, settings, kept, progress, known, model=model,
                             args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
         history = trainer.fit("step", *fidelity.METRICS, "tokens", "seconds")
-        store_outcome(folder, model, history)
+        with room_in(folder):
+            store_outcome(folder, model, history)
     if history[0]["kl_nats"] <= min(row["kl_nats"] for row in history[1:]):  # the first look is before any step
         return Distilled(student, history)
     return Distilled(model.to(student.dtype).eval(), history)
@@ -108,10 +118,8 @@ class _Answers:
     def __init__(self, teacher: PreTrainedModel, blocks: Tensor, folder: Path):
         self.teacher = teacher
         shape = (*blocks.shape, teacher.config.get_text_config().hidden_size)
-        size = blocks.numel() * shape[-1]
-        file = {"shared": True, "size": size, "dtype": teacher.dtype}
-        self.states = torch.from_file(str(folder / "answers.bin"), **file).view(shape)
-        self.known = torch.from_file(str(folder / "answered.bin"), shared=True, size=len(blocks), dtype=torch.uint8)
+        self.states = tensor_in_file(folder / "answers.bin", shape, teacher.dtype)
+        self.known = tensor_in_file(folder / "answered.bin", (len(blocks),), torch.uint8)
 
     def __call__(self, ids: Tensor, index: Tensor) -> Tensor:
         """(B, T, d) states of the blocks ``index`` (B,), whose tokens are ``ids`` (B, T)."""

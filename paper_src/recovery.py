@@ -142,7 +142,7 @@ def closed_form(
 def _refitted(
     walk: SideBySide, position: int, layer: nn.Module, how: Form
 ) -> tuple[nn.Module, dict[str, float], Tensor | None]:  # fmt: skip
-    """The layer with its correction, its row of ``Recovered.refits``, and the matrix behind the layer, if that is it."""
+    """The layer with its correction, its row of ``Recovered.refits``, and the matrix behind it, if any."""
     if how.standard and (norm := walk.norm_behind(position, layer)) is not None:
         return layer, _through_norm_(walk, position, layer, how, norm), None
     solution, row = solved(*walk.sums(position, layer, how), how.diagonal)

@@ -13,6 +13,7 @@ from paper_src import NotSupported
 from paper_src.layers import LayerRunner
 from paper_src.least_squares import NormalEquations
 from paper_src.models import mlp_writer
+from paper_src.support.checkpoints import tensor_in_file
 from paper_src.support.processes import Processes
 
 HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by
@@ -144,9 +145,8 @@ class SideBySide:
 
     def _put(self, name: str, part: slice, states: Tensor) -> None:
         if name not in self.states:
-            shape = torch.Size((len(self.blocks), *states.shape[1:]))
-            held = torch.from_file(str(self.folder / name), shared=True, size=shape.numel(), dtype=states.dtype)
-            self.states[name] = held.view(shape)
+            shape = (len(self.blocks), *states.shape[1:])
+            self.states[name] = tensor_in_file(self.folder / name, shape, states.dtype)
         self.states[name][part] = states.cpu()
 
 

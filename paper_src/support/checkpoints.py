@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -18,6 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
 from paper_src.support.files import replacing
+
+LEAST = 2**22  # free bytes of a disk that is not full
 
 
 @dataclass
@@ -67,7 +72,8 @@ class WatchedTrainer(Trainer):
 
     def fit(self, *columns: str) -> list[dict[str, float]]:
         """Train, from the last checkpoint if there is one; ``columns`` of each look."""
-        self.train(resume_from_checkpoint=get_last_checkpoint(self.args.output_dir))
+        with room_in(self.args.output_dir):
+            self.train(resume_from_checkpoint=whole_checkpoint(self.args.output_dir))
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off its forward
         looks = [row for row in self.state.log_history if "eval_seconds" in row]
         # the log of a resumed run has another order
@@ -108,6 +114,49 @@ class _Watch(TrainerCallback):
         self.trainer.spent += time.perf_counter() - self.begun
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":  # an epoch's end is a look anyway
             control.should_evaluate = True
+
+
+def whole_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint in ``folder`` that was written to its end; those that were not are removed."""
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(str(folder))
+
+
+@contextmanager
+def room_in(folder: str | Path) -> Iterator[None]:
+    """Nothing, but that what fails inside because the disk is full ends with one line.
+
+    Raises:
+        InputError: less than ``LEAST`` bytes are free, whatever the library said that was writing.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(folder).free >= LEAST:
+            raise
+        raise InputError(f"the disk of {folder} is full: free space and run again; the last good state is there"
+                         ) from error  # fmt: skip
+
+
+def tensor_in_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor that lives in a file, which has its whole size from the start: what was there stays.
+
+    Raises:
+        InputError: the disk has no room for it. (Written to page by page, it would kill the process there.)
+    """
+    count = math.prod(shape)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+        except OSError as error:
+            raise InputError(f"{path} takes {count * dtype.itemsize / 1e9:.1f} GB ({error.strerror}): free space, or "
+                             "give fewer blocks") from error  # fmt: skip
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
 
 
 def run_folder(folder: Path, tensors: Iterable[Tensor], settings: Mapping[str, object]) -> Path:

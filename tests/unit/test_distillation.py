@@ -1,9 +1,11 @@
 """Distillation: it learns, it resumes to the same result, and it leaves the teacher alone."""
 
+import errno
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +137,51 @@ run(Path({str(tmp_path / "killed")!r}), count={count}, epochs={epochs}, progress
     assert [list(row) for row in resumed.history] == [list(row) for row in whole.history]
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_that_was_being_written_is_not_resumed_from(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+
+    def stop(line):
+        if line.startswith("step 12 "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", progress=stop)
+    (last,) = (tmp_path / "killed").glob("*/checkpoint-8")
+    (last / "optimizer.pt").write_bytes(b"half")
+    (last / "trainer_state.json").write_text('{"epoch": 0.')
+    resumed, _ = run(tmp_path / "killed")
+    assert [row["step"] for row in resumed.history] == [0, 4, 8, 12]
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_full_disk_ends_it_in_one_line_and_keeps_the_last_state(tmp_path, monkeypatch, refused):
+    real = distillation.Distiller._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if self.state.global_step == 8:
+            monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+            raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+        real(self, folder)
+
+    monkeypatch.setattr(distillation.Distiller, "_save_optimizer_and_scheduler", full)
+    with refused("the disk of .* is full: free space and run again; the last good state is there"):
+        run(tmp_path)
+    monkeypatch.undo()
+    resumed, _ = run(tmp_path)
+    assert [row["step"] for row in resumed.history] == [0, 4, 8, 12]
+    assert resumed.model.state_dict().keys()
+
+
+def test_states_that_do_not_fit_on_the_disk_are_refused_before_the_first_step(tmp_path, monkeypatch, refused):
+    def full(*ignored):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with refused("answers.bin takes 0.0 GB .No space left on device.: free space, or give fewer blocks"):
+        run(tmp_path, epochs=3)
 
 
 def test_bad_input(tmp_path, refused):
