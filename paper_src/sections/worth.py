@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from paper_src import InputError, fidelity
 from paper_src.coalitions import ShapleyValues
 from paper_src.layers import LayerRunner
+from paper_src.least_squares import NormalEquations
 from paper_src.models import decoder_layers
-from paper_src.recovery import NormalEquations
 from paper_src.reporting.style import BLUE, RED, STYLE
 from paper_src.scoring import SCORES, LayerScores, title
 

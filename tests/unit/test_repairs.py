@@ -155,9 +155,10 @@ def test_a_mix_that_makes_a_kind_of_text_worse_is_not_chosen():
     assert not rows.t5_mix([cut, row("plain", 1.0, 2.0, refitted=False)])["chosen"].any()
 
 
-def test_a_family_without_a_closed_form_is_cut_only(judge, make_blocks):
+def test_a_model_without_a_closed_form_is_cut_only(judge, make_blocks, monkeypatch):
     model, blocks = build_model("gemma2", vocab_size=300), make_blocks(64, 16)
-    with pytest.warns(UserWarning, match="down_proj, not refitted: layer 0 does not add its MLP's output"):
+    monkeypatch.setattr(type(model.model.layers[0].post_feedforward_layernorm), "forward", lambda self, x: x.sigmoid())
+    with pytest.warns(UserWarning, match="down_proj, not refitted: Gemma2RMSNorm stands behind the MLP of layer 0"):
         found = rows.refit(model, (0, 3), blocks)
     cut = compact(model, (0, 3))
     assert (found.tokens, found.form) == (0, "none")
