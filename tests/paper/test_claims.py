@@ -50,10 +50,16 @@ def test_every_verdict_survives_another_seed_of_its_bootstraps(read, seed):
         found = re.fullmatch(r"(.*/)?t(\d)_findings", name)
         folder, made = found.group(1) or "", findings_function(int(found.group(2)))
         again = (ROOT / "tables" / f"{name}.csv").is_file() and "seed" in inspect.signature(made).parameters
+        again = again and not earlier(name)
         return made(lambda part: read(f"{folder}{part}"), seed=seed) if again else read(name)
 
     found = claims.t9_claims(with_seed).set_index("name")["verdict"].to_dict()
     assert found == read("t9_claims").set_index("name")["verdict"].to_dict()
+
+
+def earlier(name):
+    """Whether a table is of a larger run of section 5 that kept no losses of windows: nothing can be computed anew."""
+    return name.endswith("/t5_findings") and not (ROOT / f"tables/{name.replace('findings', 'windows')}.csv").is_file()
 
 
 def findings_function(section):
@@ -71,8 +77,8 @@ def test_the_committed_table_of_claims_is_that_of_the_findings(read, table):
 @pytest.mark.parametrize("folder", ["", "long/"])  # of other folders the findings alone are read
 def test_findings_are_those_of_the_tables(read, folder, section):
     name = f"{folder}t{section}_findings"
-    if not (ROOT / "tables" / f"{name}.csv").is_file():
-        pytest.skip("not run")
+    if not (ROOT / "tables" / f"{name}.csv").is_file() or earlier(name):
+        pytest.skip("not run, or of an earlier protocol")
     made = findings_function(section)(lambda table: read(f"{folder}{table}"))
     words = {column: made[column].replace("", None) for column in ("text", "unit", "test")}
     pd.testing.assert_frame_equal(read(name), made.assign(**words), check_dtype=False)
@@ -183,6 +189,7 @@ def test_every_stage_of_recovery_is_there_and_adds_no_parameters(read):
         assert part["kept"].nunique() == 1
         assert (part["parameters_added"] == 0).all()
         assert part["ppl_ratio"].is_monotonic_decreasing
+        assert (part["n_windows"] >= [16, 16, 64]).all()
 
 
 def test_recommenders_stand_beside_popularity_and_the_full_catalogue(read):
