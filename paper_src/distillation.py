@@ -148,8 +148,12 @@ class Distiller(WatchedTrainer):
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
     ) -> Tensor:
         """The weighted sum of :class:`Distillation`, averaged over tokens."""
-        with self.compute_loss_context_manager():  # Trainer's own bfloat16 wraps only a forward that is not called here
+        with self._precision():
             return self.finite(self._loss(model, inputs))
+
+    def _precision(self) -> torch.autocast:
+        """bfloat16 where it is asked for: Trainer's own wraps the model's forward, which is not what is called here."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _loss(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         ids, use = inputs["input_ids"], self.settings
@@ -178,7 +182,7 @@ class Distiller(WatchedTrainer):
 
     def measure(self) -> dict[str, float]:
         """Fidelity on validation text, and the tokens so far."""
-        with self.compute_loss_context_manager():
+        with self._precision():
             found = fidelity.compare(self.model, self.validation)
         means = {name: float(values.mean()) for name, values in found.items()}
         if self.progress:

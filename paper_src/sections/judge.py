@@ -87,7 +87,7 @@ class Judge:
         shape: windows of the first kind, tokens of a window.
         mean: (d,) mean state of calibration text.
         seed: of the windows and the bootstrap.
-        others: windows of each other kind; None: as many.
+        others: windows of each other kind, or as many as its text holds; None: as many as of the first.
         model_digest: of the full model's files, for :meth:`windows`.
     """
 
@@ -104,7 +104,8 @@ class Judge:
         for name in texts:
             kind = kind_of_text(name)
             text, self.digests[f"{kind} {split}"] = data.load_text(name, split)
-            blocks = data.token_blocks(tokenizer, text, count, length, seed)
+            cut = as_many if self.references else data.token_blocks  # other kinds of text may be short
+            blocks = cut(tokenizer, text, count, length, seed)
             blocks = self.blocks[kind] = blocks[far_apart(len(blocks))]  # whose first few are of the whole text too
             metrics = OTHER_TEXT if self.references else fidelity.METRICS
             if not self.references and count > whole:

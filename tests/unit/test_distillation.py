@@ -55,6 +55,21 @@ def test_the_divergence_alone_is_enough(tmp_path, dtype):
     assert found.model.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_computes_in_the_dtype_of_the_full_model(tmp_path, dtype, monkeypatch):
+    seen, real = set(), distillation.Distiller._loss
+
+    def look(self, model, inputs):
+        hook = models.decoder_layers(model)[0].mlp.down_proj.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+        with hook:
+            return real(self, model, inputs)
+
+    monkeypatch.setattr(distillation.Distiller, "_loss", look)
+    found, _ = run(tmp_path, build_model("llama").to(dtype), count=16)
+    assert seen == {dtype}
+    assert found.model.dtype == dtype
+
+
 def test_the_result_is_a_standard_checkpoint(tmp_path):
     found, _ = run(tmp_path / "run")
     found.model.save_pretrained(tmp_path / "model")
