@@ -1,6 +1,6 @@
 """Section 5, last part: how the loss falls with the tokens of training, and whether the start still matters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -36,6 +36,11 @@ def begun(
     return refit(full, kept, blocks, form, reach)
 
 
+def best_rate(runs: Mapping[float, Stage]) -> float:
+    """The learning rate whose training had the lowest KL divergence on validation text at any look."""
+    return min(runs, key=lambda rate: min(look["kl_nats"] for look in runs[rate].history))
+
+
 def t5_scaling(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     """t5_scaling: a complete training a row: start (``selection``), k, ``training_tokens``, ``rate``; test text."""
     wanted = ["row", "selection", "k", "kept", "training_tokens", "rate", "seconds", "ppl_ratio", "ppl_ratio_lo",
@@ -60,7 +65,8 @@ def power_law(tokens: Sequence[float], gaps: np.ndarray, seed: int = 0) -> dict[
     means = gaps[:, drawn].mean(axis=-1)  # (B, draws)
     slopes = -np.polyfit(x, np.log(means.clip(min=1e-9)), 1)[0]
     low, high = np.quantile(slopes, (0.025, 0.975))
-    return {"exponent": -fit[0], "exponent_lo": low, "exponent_hi": high, "at_one": float(np.exp(fit[1]))}
+    ends = {"exponent_lo": float(low), "exponent_hi": float(high)}
+    return {"exponent": float(-fit[0]), **ends, "at_one": float(np.exp(fit[1]))}
 
 
 def t5_laws(scaling: pd.DataFrame, windows: pd.DataFrame) -> pd.DataFrame:

@@ -60,7 +60,9 @@ def test_it_computes_in_the_dtype_of_the_full_model(tmp_path, dtype, monkeypatch
     seen, real = set(), distillation.Distiller._loss
 
     def look(self, model, inputs):
-        hook = models.decoder_layers(model)[0].mlp.down_proj.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+        hook = models.decoder_layers(model)[0].mlp.down_proj.register_forward_hook(
+            lambda *call: seen.add(call[2].dtype)
+        )
         with hook:
             return real(self, model, inputs)
 

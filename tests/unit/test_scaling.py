@@ -40,6 +40,12 @@ def test_the_line_through_the_logs_is_found_again():
         assert (law["most_tokens"], law["n_runs"], law["n_windows"]) == (16000, 3, 16)
 
 
+def test_the_best_rate_is_that_of_the_lowest_look():
+    looks = {1e-3: [3.0, 1.0, 2.0], 1e-4: [3.0, 1.5, 1.4]}
+    runs = {rate: scaling.Stage(None, history=[{"kl_nats": kl} for kl in found]) for rate, found in looks.items()}
+    assert scaling.best_rate(runs) == 1e-3
+
+
 def test_two_budgets_are_no_law():
     table, windows = made({"selected": (30.0, 0.4)})
     assert scaling.t5_laws(table.head(2), windows).empty
