@@ -94,7 +94,11 @@ def test_a_run_says_one_line_and_logs_what_the_notebook_prints(project):
     code, said = told("run", "notebooks/01_demo.ipynb", "--profile", settings, "--results", "results/p", "--verbose")
     assert code == 0
     assert re.fullmatch(r"4\n\[1/1\] 01_demo  done in 0:\d\d\n", said)
-    assert re.fullmatch(r"4\ndone in [\d.]+ s\n", Path("results/p/logs/01_demo.log").read_text())
+    # a kernel that is idle when it is stopped may say so
+    logged = re.sub(
+        r"\[IPKernelApp\] ERROR \| KeyboardInterrupt.*\n", "", Path("results/p/logs/01_demo.log").read_text()
+    )
+    assert re.fullmatch(r"4\ndone in [\d.]+ s\n", logged)
     assert run.seconds_before(Path("results/p/logs/01_demo.log")) > 0
 
 
