@@ -158,7 +158,7 @@ def _factors(norm: nn.Module, z: Tensor) -> Tensor:
 
 def _gain(norm: nn.Module, device: torch.device) -> Tensor:
     """(d,) what each channel is multiplied by, kept away from zero, by which it is divided."""
-    width = next(norm.parameters())
-    gain = norm(torch.ones(1, 1, len(width), dtype=width.dtype, device=device)).flatten().float()
+    weight = next(norm.parameters())
+    gain = norm(torch.ones(1, 1, len(weight), dtype=weight.dtype, device=device)).flatten().float()
     least = 0.1 * gain.abs().median()
     return torch.where(gain.abs() < least, least.copysign(gain), gain)

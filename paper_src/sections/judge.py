@@ -99,7 +99,7 @@ class Judge:
         self.references: dict[str, fidelity.Reference] = {}
         self.rest: fidelity.Reference | None = None  # windows of the first kind that are judged by OTHER_TEXT alone
         self.digests: dict[str, str] = {}
-        self.seed, self.model_digest, self.label = seed, model_digest, ""
+        self.full, self.seed, self.model_digest, self.label = full, seed, model_digest, ""
         (count, length), whole = shape, max(1, ALL_METRICS // shape[1])
         for name in texts:
             kind = kind_of_text(name)
@@ -113,10 +113,10 @@ class Judge:
                 blocks = blocks[:whole]
             self.references[kind] = fidelity.reference(full, blocks, mean, metrics=metrics)
             count = others or count
-        self.full_nll = {kind: _nll(full, own) for kind, own in self.references.items()}  # nats/token of each window
+        self.full_nll = {kind: self._nll(own) for kind, own in self.references.items()}  # nats/token of each window
         if self.rest is not None:
             first = kind_of_text(texts[0])
-            self.full_nll[first] = np.concatenate([self.full_nll[first], _nll(full, self.rest)])
+            self.full_nll[first] = np.concatenate([self.full_nll[first], self._nll(self.rest)])
 
     def few(self, windows: int, others: int) -> "Judge":
         """The same by the first windows of each kind alone, for exploratory rows; their losses stand apart."""
@@ -159,11 +159,24 @@ class Judge:
         few = [name for name in OTHER_TEXT if name in metrics]
         found: dict[str, dict[str, np.ndarray]] = {}
         for kind, full in self.references.items():
-            found[kind] = fidelity.compare(model, full, metrics=few if found else metrics)
+            found[kind] = self._compare(model, full, few if found else metrics)
             if self.rest is not None and len(found) == 1:
-                more = fidelity.compare(model, self.rest, metrics=few)
+                more = self._compare(model, self.rest, few)
                 found[kind] |= {name: np.concatenate([found[kind][name], more[name]]) for name in few}
         return found
+
+    @torch.no_grad()
+    def _compare(
+        self, model: PreTrainedModel, own: fidelity.Reference, metrics: Sequence[str]
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """:func:`fidelity.compare`; of the full model itself, from the states that are known already."""
+        if model is self.full:
+            return fidelity.compare_states(model, own, own.hidden, metrics)
+        return fidelity.compare(model, own, metrics=metrics)
+
+    def _nll(self, own: fidelity.Reference) -> np.ndarray:
+        """(N,) the full model's losses."""
+        return self._compare(self.full, own, ("nll_nats",))["nll_nats"]
 
     def windows(self, row: str, found: Mapping[str, Mapping[str, np.ndarray]]) -> pd.DataFrame:
         """Part of a ``tN_windows`` with the losses of every window of what :meth:`compare` gave."""
@@ -201,9 +214,3 @@ class Judge:
         values, own = fidelity.compare_constant(full, self.first), next(iter(self.full_nll.values()))
         row = fidelity.summarize(values, self.seed)
         return row | {"ppl_ratio": float(np.exp(row["nll_nats"] - own[: len(values["nll_nats"])].mean()))}
-
-
-@torch.no_grad()
-def _nll(full: PreTrainedModel, own: fidelity.Reference) -> np.ndarray:
-    """(N,) the full model's losses, from the states that are known already."""
-    return fidelity.compare_states(full, own, own.hidden, ("nll_nats",))["nll_nats"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from paper_src.baselines import control
 from paper_src.reporting.findings import BOOTSTRAP, SIGN_FLIP, Findings, Read
-from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE
+from paper_src.reporting.style import GREEN, GREY, ORANGE, PURPLE, SKY, STYLE
 from paper_src.sections.judge import few_text
 from paper_src.sections.recovery import Stage, refit
 from paper_src.sections.windows import losses
@@ -108,7 +108,7 @@ def f5_scaling(scaling: pd.DataFrame, laws: pd.DataFrame) -> Figure:
         for law in laws.to_dict("records"):
             part = scaling[(scaling["k"] == law["k"]) & (scaling["selection"] == law["selection"])]
             x = np.geomspace(part["training_tokens"].min(), part["training_tokens"].max())
-            axes[1].plot(x, np.exp(law["at_one"] * x ** -law["exponent"]), color=COLOURS.get(law["selection"], BLUE),
+            axes[1].plot(x, np.exp(law["at_one"] * x ** -law["exponent"]), color=COLOURS.get(law["selection"], PURPLE),
                          lw=1)  # fmt: skip
         axes[0].set_title("cosine to the full model")
         axes[1].set_title("perplexity / full model's")

@@ -7,7 +7,7 @@ never run. A file belongs to one split, by a digest of its name: calibration and
 import ast
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -25,14 +25,20 @@ def package_text(name: str, split: str) -> tuple[str, str]:
     Raises:
         InputError: one of ``PACKAGES`` is not installed.
     """
-    code, prose = zip(*(_parted(source) for source in _sources(split)), strict=True)
-    text = "\n\n".join(code if name == "package-code" else filter(None, prose))
-    return text, hashlib.sha256(text.encode()).hexdigest()
+    return _texts(PACKAGES, split)[name]
 
 
-def _sources(split: str) -> Iterator[str]:
+@functools.lru_cache(maxsize=len(SPLITS))
+def _texts(packages: Sequence[str], split: str) -> dict[str, tuple[str, str]]:
+    """Both texts of one split with their digests: the files are read and parsed once for all that ask."""
+    code, prose = zip(*(_parted(source) for source in _sources(packages, split)), strict=True)
+    texts = "\n\n".join(code), "\n\n".join(filter(None, prose))
+    return {name: (text, hashlib.sha256(text.encode()).hexdigest()) for name, text in zip(TEXTS, texts, strict=True)}
+
+
+def _sources(packages: Sequence[str], split: str) -> Iterator[str]:
     """The Python files of one split, but for tests and what is written by machines (long lines)."""
-    for package in PACKAGES:
+    for package in packages:
         try:
             files = distribution(package).files or []
         except PackageNotFoundError as error:
@@ -47,7 +53,6 @@ def _sources(split: str) -> Iterator[str]:
                     yield source
 
 
-@functools.lru_cache(maxsize=4096)
 def _parted(source: str) -> tuple[str, str]:
     """A file's code, and its long docstrings."""
     lines, prose = source.splitlines(), []
