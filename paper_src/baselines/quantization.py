@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from paper_src import NotSupported
 from paper_src.baselines.moments import InputMoments, linears
 from paper_src.baselines.surgeon import Fix, compensated
-from paper_src.models import first_line
+from paper_src.support.weights import first_line
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.layers import LayerRunner
-from paper_src.models import PINNED, decoder_layers
-from paper_src.support.sources import fetch
+from paper_src.models import decoder_layers
+from paper_src.support.weights import PINNED, pinned
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def _grid(value: Tensor) -> tuple[int, int]:
 
 def original_file(name: str) -> Path | None:
     """The packed file (.gguf) that the model called ``name`` comes from, if it does."""
-    path = fetch(PINNED[name]) if name in PINNED else Path(name).expanduser()
+    path = pinned(name) if name in PINNED else Path(name).expanduser()
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path = next(path.glob("*.gguf"), path)
     return path if path.is_file() and path.suffix == ".gguf" else None

