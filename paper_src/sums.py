@@ -1,9 +1,10 @@
 """Sums that hooks take while a pass runs: each layer's gradient and activation statistics, sequence by sequence.
 
-Nothing is accumulated in ``.grad``: the weights stay frozen, so autograd carries only activation gradients, and hooks
-reduce each weight's gradient to a few numbers a sequence the moment its parts are known. For a linear layer with input
-X and output gradient G (T tokens each) the per-sequence gradient is G'X, and its squared norm is taken from the smaller
-of G'X itself and the two T x T Gram matrices: ||G'X||^2 = sum(XX' * GG')  (Goodfellow 2015, arXiv:1510.01799, extended
+In :class:`GradientSums` nothing is accumulated in ``.grad``: the weights stay frozen, so autograd carries only
+activation gradients, and hooks reduce each weight's gradient to a few numbers a sequence the moment its parts are
+known. For a linear layer with input X and output gradient G (T tokens each) the per-sequence gradient is G'X, and its
+squared norm is taken from the smaller of G'X itself and the two T x T Gram matrices: ||G'X||^2 = sum(XX' * GG')
+(Goodfellow 2015, arXiv:1510.01799, extended
 from vectors to sequences).
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from paper_src import InputError
+from paper_src import InputError, NotSupported
 
 SINK_RATIO = 10.0  # an attention-sink token's norm is above this many times the sequence's median norm
 
@@ -37,8 +38,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def watched(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Iterator[None]:
     """Inside, ``reduce`` sees the parameter's gradient as soon as it is known, and then the gradient is let go."""
-    before, parameter.grad = parameter.grad, None
-    parameter.requires_grad_(True)  # frozen puts it back
+    before, flag, parameter.grad = parameter.grad, parameter.requires_grad, None
+    parameter.requires_grad_(True)
 
     def hook(parameter: Tensor) -> None:
         reduce(parameter)
@@ -49,6 +50,7 @@ def watched(parameter: Tensor, reduce: Callable[[Tensor], None]) -> Iterator[Non
             yield
         finally:
             parameter.grad = before
+            parameter.requires_grad_(flag)
 
 
 class GradientSums(ExitStack):
@@ -68,16 +70,9 @@ class GradientSums(ExitStack):
                 if isinstance(module, nn.Linear | Conv1D) or all(parameter.ndim == 1 for parameter in own):
                     if own:
                         self.enter_context(module.register_forward_hook(self._forward_hook(index, name)))
-                elif batch_size == 1:
-                    for parameter in own:
-                        self.enter_context(watched(parameter, functools.partial(self._add, index)))
                 else:  # experts and routers: their gradients are known for the whole batch only
                     self.close()
-                    raise InputError(f"layer {index}, {name}: it mixes sequences; score this model with batch_size=1")
-
-    def _add(self, index: int, parameter: Tensor) -> None:
-        self.squared[0, index] += _sum_squares(parameter.grad[None])[0]
-        self.inner[0, index] += _sum_products(parameter.grad[None], parameter.detach()[None])[0]
+                    raise InputError(f"layer {index}, {name}: it mixes sequences; load the whole model into memory")
 
     def _forward_hook(self, index: int, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -85,7 +80,7 @@ class GradientSums(ExitStack):
             tensors = isinstance(x, Tensor) and isinstance(output, Tensor)
             if not tensors or len(x) not in (batch_size, batch_size * self.tokens):
                 problem = f"its input does not start with the batch of {batch_size}"
-                raise InputError(f"layer {index}, {name}: {problem}; score this model with batch_size=1")
+                raise InputError(f"layer {index}, {name}: {problem}; load the whole model into memory")
             if module in self.inputs:
                 raise InputError(f"layer {index}, {name} is used twice in one pass: its weights are shared")
             self.inputs[module] = x.detach()
@@ -117,6 +112,28 @@ class GradientSums(ExitStack):
             squared, inner = _small_module(module, x, gradient)
         self.squared[:, index] += squared
         self.inner[:, index] += inner
+
+
+class ParameterSums(ExitStack):
+    """The same for a batch of one sequence, from whole gradients: right whatever the layers do with their input.
+
+    A parameter's gradient lives only until it is summed. One that several layers share counts for each of them.
+    """
+
+    def __init__(self, layers: nn.ModuleList):
+        super().__init__()
+        device = next(layers.parameters()).device
+        self.squared, self.inner = torch.zeros(2, 1, len(layers), dtype=torch.float64, device=device)
+        owners: dict[nn.Parameter, list[int]] = {}
+        for index, layer in enumerate(layers):
+            for parameter in layer.parameters():
+                owners.setdefault(parameter, []).append(index)
+        for parameter, own in owners.items():
+            self.enter_context(watched(parameter, functools.partial(self._add, own)))
+
+    def _add(self, layers: list[int], parameter: Tensor) -> None:
+        self.squared[0, layers] += _sum_squares(parameter.grad[None])
+        self.inner[0, layers] += _sum_products(parameter.grad[None], parameter.detach()[None])
 
 
 def _squared_norms(x: Tensor, gradient: Tensor) -> Tensor:
@@ -167,7 +184,9 @@ class ActivationSums(ExitStack):
     @torch.no_grad()
     def _hook(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
         before = (args[0] if args else kwargs["hidden_states"]).detach().float()  # (B, T, d)
-        after = (output[0] if isinstance(output, tuple) else output).detach().float()
+        after = (output[0] if isinstance(output, tuple | list) else output).detach().float()
+        if before.ndim != 3:
+            raise NotSupported(f"{type(layer).__name__} has states of shape {tuple(before.shape)}, not (B, T, d)")
         norms = after.norm(dim=-1)  # (B, T)
         keep = norms <= SINK_RATIO * norms.median(dim=1, keepdim=True).values
         cosine = functional.cosine_similarity(before, after, dim=-1)  # (B, T)

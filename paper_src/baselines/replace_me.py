@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from paper_src import InputError
 from paper_src.compaction import compact
 from paper_src.layers import LayerRunner
-from paper_src.models import add_to_weight_, decoder_layers, in_by_out, mlp_writer
+from paper_src.models import add_to_weight_, decoder_layers, in_by_out
 
 BATCH, LEARNING_RATE = 1024, 1e-4  # tokens and Adam's rate, as released
 
@@ -38,9 +39,17 @@ def replace_me(
         square = m.T @ m
         matrix = torch.linalg.solve(square + 1e-9 * square.diagonal().mean() * eye, m.T @ y)
     small = compact(full, kept)
-    writer = mlp_writer(decoder_layers(small)[list(kept).index(before)])
+    writer = _mlp_writer(decoder_layers(small)[list(kept).index(before)])
     add_to_weight_(writer, in_by_out(writer).detach().double() @ (matrix.double() - eye))
     return small
+
+
+def _mlp_writer(layer: nn.Module) -> nn.Module:
+    """The last linear map of a layer's last part, its MLP, whose output is added to the state; InputError if none."""
+    parts = [[m for m in part.modules() if isinstance(m, nn.Linear | Conv1D)] for part in layer.children()]
+    if not any(parts):
+        raise InputError(f"{type(layer).__name__} holds no plain linear map: it cannot be refitted")
+    return [linear for linear in parts if linear][-1][-1]
 
 
 def _block(kept: Sequence[int], depth: int) -> tuple[int, int]:
@@ -54,7 +63,7 @@ def _block(kept: Sequence[int], depth: int) -> tuple[int, int]:
 @torch.no_grad()
 def _outputs(full: PreTrainedModel, blocks: Tensor, before: int, stop: int) -> tuple[Tensor, Tensor]:
     """(N T, d) outputs of the MLP of layer ``before``, and what they would have to be for the block to be skipped."""
-    runner, writer, parts = LayerRunner(full), mlp_writer(decoder_layers(full)[before]), []
+    runner, writer, parts = LayerRunner(full), _mlp_writer(decoder_layers(full)[before]), []
     seen: list[Tensor] = []
     with writer.register_forward_hook(lambda module, inputs, output: seen.append(output)):
         for batch in blocks.split(8):

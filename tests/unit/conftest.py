@@ -45,6 +45,7 @@ OTHERS = {
     "mixtral": GROUPED | {"num_experts_per_tok": 2, "num_local_experts": 4},
     "qwen2_moe": GROUPED | EXPERTS | {"num_experts": 4},
     "smollm3": GROUPED,
+    "granite": GROUPED,
     "t5": {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_heads": 4},
 }
 

@@ -176,7 +176,7 @@ class TestStore:
         blocks, path = make_blocks(2, 12), tmp_path / "folder" / "store.sqlite"
         expected, computed = self.ask(llama, blocks, path)
         assert computed == 3
-        monkeypatch.setattr(SubsetRunner, "last_hidden", None)  # nothing is computed again
+        monkeypatch.setattr(Evaluator, "_evaluate", None)  # nothing is computed again
         found, computed = self.ask(llama, blocks, path)
         assert computed == 0
         np.testing.assert_array_equal(found, expected)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from paper_src.compaction import compact, save
-from paper_src.models import count_parameters, decoder_layers
+from paper_src.configuration import cut_config
+from paper_src.models import count_parameters, decoder_layers, locate_layers
 from paper_src.support import files
 
 KEPT = [0, 2, 3]  # of 4 layers
@@ -158,6 +160,9 @@ def test_per_layer_lists_are_cut(make_model, blocks, tmp_path, family, settings,
         ([0, 4], "kept layer 4: the model's layers are 0 to 3"),
         ([-1, 2], "kept layer -1: the model's layers are 0 to 3"),
         ([2, 1], r"kept layers \[2, 1\]: give each once, in increasing order"),
+        ([0, 1.0], "kept layer 1.0: give whole numbers"),
+        ([0, True], "kept layer True: give whole numbers"),
+        (["0", 1], "kept layer '0': give whole numbers"),
         ([1, 1, 2], r"kept layers \[1, 1, 2\]: give each once, in increasing order"),
     ],
 )
@@ -175,6 +180,75 @@ def test_layers_that_differ_by_position_are_refused(make_model, refused):
     model = make_model("qwen2_moe", decoder_sparse_step=2)  # every second layer holds experts
     with refused("by a layer's position .* cannot be made a standard checkpoint"):
         compact(model, [0, 2])
+
+
+def test_numbers_of_other_libraries_are_layers(llama, blocks):
+    kept = np.array([0, 2, 3])
+    assert torch.equal(compact(llama, kept)(blocks).logits, compact(llama, KEPT)(blocks).logits)
+
+
+def test_counts_lists_and_dictionaries_of_layers_are_those_of_the_kept(make_model):
+    config = make_model("llama").config
+    config.first_k_dense_replace, config.num_kv_shared_layers = 3, 2
+    config.moe_layers, config.per_layer_widths = [1, 3], {"0": "a", "2": "b"}
+    config.layer_switches, config.num_nextn_predict_layers = [True, False, True, True], 1
+    config.layer_token_ids, config.widths = [5, 6, 7, 8], [1, 2, 3, 4]
+    small = cut_config(config, [0, 2, 3], 4)
+    assert (small.first_k_dense_replace, small.num_kv_shared_layers) == (2, 2)
+    assert (small.moe_layers, small.per_layer_widths) == ([2], {"0": "a", "1": "b"})
+    assert small.layer_switches == [True, True, True]
+    assert (small.num_hidden_layers, small.num_nextn_predict_layers) == (3, 0)
+    assert (small.layer_token_ids, small.widths) == ([5, 6, 7, 8], [1, 2, 3, 4])
+    assert cut_config(config, [0, 2, 3], 4, named="").widths == [1, 3, 4]
+    assert config.num_hidden_layers == 4 and config.moe_layers == [1, 3]
+
+
+def test_layers_that_share_what_a_removed_one_computed_are_refused(make_model, refused):
+    config = make_model("llama").config
+    config.layer_indexers = ["full", "shared", "full", "shared"]
+    assert cut_config(config, [0, 1, 2], 4).layer_indexers == ["full", "shared", "full"]
+    assert cut_config(config, [0, 2, 3], 4).layer_indexers == ["full", "full", "shared"]
+    for kept in ([0, 3], [1, 2], [0, 1, 3]):
+        with refused(r"layer \d shares what layer \d computes \(config.layer_indexers\): keep both"):
+            cut_config(config, kept, 4)
+
+
+def test_a_configuration_that_refuses_the_layers_is_one_line(make_model, refused, monkeypatch):
+    model = make_model("llama")
+
+    def fail(*words, **settings):
+        raise KeyError("layer 7\nand more")
+
+    monkeypatch.setattr(type(model.config), "from_dict", fail)
+    with refused("LlamaConfig does not allow the layers .*keep others"):
+        compact(model, KEPT)
+
+
+def test_layers_that_leave_no_cache_are_refused(refused):
+    config = AutoConfig.for_model("lfm2", vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+                                  num_key_value_heads=2, intermediate_size=48, conv_L_cache=3,
+                                  layer_types=["conv", "full_attention", "conv", "conv"])  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with refused("Lfm2ForCausalLM does not run with only these layers .*keep others"):
+        compact(model, [0, 2])
+    compact(model, [0, 1])
+
+
+def test_the_text_decoders_layers_are_cut_where_a_vision_tower_has_as_many(blocks, tmp_path):
+    text = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}  # fmt: skip
+    vision = {"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256, "out_hidden_size": 32}
+    config = AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    path, _ = locate_layers(model)
+    assert path == "model.language_model.layers"
+    wanted = without_layers(model, KEPT)(input_ids=blocks, use_cache=False).logits
+    small = compact(model, KEPT)
+    assert torch.equal(small(input_ids=blocks, use_cache=False).logits, wanted)
+    save(small, None, tmp_path / "cut", "tiny", KEPT, 4)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "cut").eval()
+    torch.testing.assert_close(loaded(input_ids=blocks, use_cache=False).logits, wanted, rtol=0, atol=1e-6)
 
 
 # On disk

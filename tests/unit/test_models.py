@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from paper_src import models
 from paper_src.models import (
     count_parameters,
     decoder_layers,
@@ -22,6 +21,7 @@ from paper_src.models import (
     pick_device,
     pick_dtype,
 )
+from paper_src.support import weights
 from paper_src.support.sources import sha256
 
 PATHS = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi"], "model.layers")
@@ -207,9 +207,9 @@ def test_gguf_file_loads_by_its_path_and_by_its_folder(gguf_file, llama, blocks)
 
 def test_pinned_name_loads_the_fetched_file(gguf_file, monkeypatch, llama, blocks):
     assets = []
-    monkeypatch.setattr(models, "fetch", lambda asset: assets.append(asset) or gguf_file)
+    monkeypatch.setattr(weights, "fetch", lambda asset: assets.append(asset) or gguf_file)
     assert torch.equal(load("smollm2-135m-instruct").model(blocks).logits, llama(blocks).logits)
-    assert assets == [models.PINNED["smollm2-135m-instruct"]]
+    assert assets == [weights.PINNED["smollm2-135m-instruct"]]
 
 
 def test_model_from_gguf_saves_as_a_standard_checkpoint(gguf_file, tmp_path, llama, blocks):
@@ -228,7 +228,7 @@ def test_hub_error_without_a_message_is_refused(monkeypatch, refused):
     def fail(*args, **kwargs):
         raise TimeoutError
 
-    monkeypatch.setattr(models, "snapshot_download", fail)
+    monkeypatch.setattr(weights, "snapshot_download", fail)
     with refused("TimeoutError"):
         load("nobody/nothing")
 
@@ -392,3 +392,37 @@ def test_shares_of_the_depth_are_numbers_of_layers(refused):
     for wrong in (13, -1, 2.5, "8"):
         with refused("keep .*: the model has 12 layers; give 1 to 12, or a share such as 0.25"):
             layer_counts([wrong], 12)
+
+
+def test_quantized_weights_are_refused_before_they_are_read(checkpoint, refused):
+    config = json.loads((checkpoint / "config.json").read_text())
+    for method in ("bitnet", "torchao", "of-next-year"):
+        (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+        (checkpoint / "model.safetensors").write_bytes(b"never read")
+        with refused(rf"is quantized \({method}\): give the checkpoint it was made from"):
+            load(checkpoint)
+
+
+def test_an_adapter_is_refused_with_the_line_that_merges_it(checkpoint, refused):
+    (checkpoint / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    with refused(r"is an adapter: merge it first, PeftModel.from_pretrained\(AutoModelForCausalLM.from_pretrained"
+                 r"\('owner/base'\)"):  # fmt: skip
+        load(checkpoint)
+
+
+def test_the_dtype_of_the_checkpoint_is_known(checkpoint):
+    assert load_model(str(checkpoint), dtype="bfloat16", device="cpu").stored == torch.float32
+
+
+def test_a_vision_language_model_is_loaded_with_its_text_decoder(tokenizer, tmp_path):
+    text = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 48}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 16, "patch_size": 8, "projection_dim": 32}  # fmt: skip
+    config = AutoConfig.for_model("llava", text_config=text | {"model_type": "llama"},
+                                  vision_config=vision | {"model_type": "clip_vision_model"})  # fmt: skip
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert len(decoder_layers(loaded.model)) == 4
+    assert type(loaded.model).__name__ == "LlavaForConditionalGeneration"

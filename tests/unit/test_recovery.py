@@ -166,8 +166,33 @@ class TestClosedForm:
         full = build_model("gemma3_text")
         kind = type(full.model.layers[0].post_feedforward_layernorm)
         monkeypatch.setattr(kind, "forward", lambda self, x: x.sigmoid())
-        with refused("Gemma3RMSNorm stands behind the MLP of layer 0 and is no RMS norm"):
+        with refused("no linear map of layer 0 has its output added to the layer's state"):
             recovery.closed_form(full, (0, 3), make_blocks(16, 8))
+
+    def test_a_factor_before_the_sum_is_found_and_taken_into_account(self, make_blocks):
+        full = build_model("granite", residual_multiplier=0.25)
+        blocks, changed = make_blocks(256, 16), compaction.compact(full, range(4))
+        writer = changed.model.layers[0].mlp.down_proj
+        models.add_to_weight_(writer, 5 * writer.weight.std() * torch.randn(48, 32))
+        full.model.layers[1] = _Replaces(full.model.layers[1], changed.model.layers[0], full.model.layers[0])
+        found = recovery.closed_form(full, (0, 2, 3), blocks)
+        assert found.refits[0]["error_after"] < 1e-4 * found.refits[0]["error_before"]
+        torch.testing.assert_close(
+            found.model.model.layers[0].mlp.down_proj.weight, writer.weight, atol=1e-2, rtol=1e-2
+        )
+
+    def test_the_mlps_matrix_is_refitted_where_another_part_comes_last(self, llama, make_blocks):
+        for layer in llama.model.layers:
+            layer.add_module("self_attn", layer._modules.pop("self_attn"))  # as in hybrids: behind the MLP
+        found = recovery.closed_form(llama, (0, 3), make_blocks(32, 16)).model
+        old, new = (dict(model.named_parameters()) for model in (llama, found))
+        changed = [name for name in new if name.startswith("model.layers.0") and not torch.equal(old[name], new[name])]
+        assert changed == ["model.layers.0.mlp.down_proj.weight"]
+
+    @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+    def test_experts_are_refused_by_layer(self, family, make_blocks, refused):
+        with refused(r"no linear map of layer 0 has its output added .*experts\?"):
+            recovery.closed_form(build_model(family), (0, 3), make_blocks(16, 8))
 
     def test_the_result_is_a_standard_checkpoint(self, llama, make_blocks, tmp_path):
         found = recovery.closed_form(llama, (0, 3), make_blocks(64, 16)).model
@@ -199,9 +224,10 @@ class TestClosedForm:
         for layer in models.decoder_layers(llama):
             layer.register_forward_hook(lambda *_: calls.append("full"))
         recovery.closed_form(llama, (0, 3), make_blocks(64, 8), batch_size=4)
-        # each layer once on two tokens, to see what it returns, then on 16 batches
-        assert calls.count("full") == 4 + 16 * 4
-        # the refitted layer once more, and on one batch to see what stands behind its MLP and to check the algebra
+        # each layer once on two tokens, to see what it returns, then on 16 batches; before that, a few tokens to see
+        # that the cut model is the full one with two layers bypassed: 6 calls of the full one's, 6 of its copies
+        assert calls.count("full") == 4 + 16 * 4 + 6 + 6
+        # the refitted layer once more, and twice on one batch to find its writer
         assert calls.count("compact") == 2 + 16 * 3 + 2
 
     def test_bad_input(self, llama, make_blocks, refused):

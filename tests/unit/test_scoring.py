@@ -230,10 +230,11 @@ def test_model_is_as_before_after_scoring(llama, make_blocks):
 
 
 def test_model_is_as_before_after_a_refusal(llama, make_blocks, refused):
-    llama.model.layers[2] = llama.model.layers[1]
-    with refused("used twice"):
+    llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with refused("is not finite"):
         score_layers(llama, make_blocks(2, 6))
     assert all(p.requires_grad for p in llama.parameters())
+    assert all(p.grad is None for p in llama.parameters())
     assert not any(module._forward_hooks for module in llama.modules())
 
 
@@ -269,20 +270,27 @@ def test_unknown_labels_are_refused(llama, make_blocks, refused):
         score_layers(llama, make_blocks(2, 6), labels="teacher")
 
 
-def test_module_used_twice_is_refused(llama, make_blocks, refused):
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_that_mix_sequences_are_scored_one_by_one(make_model, make_blocks, family, batch_size):
+    model, blocks = make_model(family), make_blocks(3, 6)
+    assert_gradient_scores(score_layers(model, blocks, batch_size), gradients_by_backward(model, blocks))
+
+
+def test_weights_that_two_layers_share_count_for_both(llama, make_blocks):
     llama.model.layers[2].mlp = llama.model.layers[1].mlp
-    with refused("is used twice in one pass: its weights are shared"):
-        score_layers(llama, make_blocks(2, 6))
+    blocks = make_blocks(3, 6)
+    assert_gradient_scores(score_layers(llama, blocks), gradients_by_backward(llama, blocks))
 
 
-def test_experts_that_mix_sequences_are_refused(make_model, make_blocks, refused):
-    with refused("layer 0, mlp.gate: .*batch_size=1"):
-        score_layers(make_model("mixtral"), make_blocks(2, 6))
-
-
-def test_experts_are_scored_one_sequence_at_a_time(make_model, make_blocks):
-    model, blocks = make_model("mixtral"), make_blocks(2, 6)
-    assert_gradient_scores(score_layers(model, blocks, batch_size=1), gradients_by_backward(model, blocks))
+def test_a_module_whose_hook_is_not_called_is_noticed(llama, make_blocks, monkeypatch):
+    mlp = llama.model.layers[1].mlp
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: self.down_proj(
+        self.act_fn(self.gate_proj(x)) * torch.nn.functional.linear(x, self.up_proj.weight)))  # fmt: skip
+    blocks = make_blocks(3, 6)
+    found = score_layers(llama, blocks)
+    monkeypatch.undo()
+    assert_gradient_scores(found, gradients_by_backward(llama, blocks))
 
 
 def test_scores_that_are_not_finite_are_refused(llama, make_blocks, refused):
