@@ -37,8 +37,12 @@ def load_text(name: str, split: str) -> tuple[str, str]:
     """The text of one split, ``train`` (calibration), ``valid`` or ``test``, and the SHA-256 of its file.
 
     ``name`` is ``wikitext-2`` (raw form), a key of ``DOMAINS`` (one file each, cut into pieces for the splits), one of
-    ``TEXTS`` of :mod:`paper_src.support.packages`, or a folder that holds ``train.txt``, ``valid.txt`` and
-    ``test.txt`` (UTF-8).
+    ``TEXTS`` of :mod:`paper_src.support.packages`, a folder that holds ``train.txt``, ``valid.txt`` and ``test.txt``,
+    or a text file, which is cut into pieces like those of ``DOMAINS``. Files are UTF-8, with or without a byte-order
+    mark; lines may end as on any system, and NUL characters are left out.
+
+    Raises:
+        InputError: no such text, or a file that is no UTF-8 text or has none.
     """
     if split not in WIKITEXT2:
         raise InputError(f"split {split!r}: use one of {sorted(WIKITEXT2)}")
@@ -51,14 +55,24 @@ def load_text(name: str, split: str) -> tuple[str, str]:
         return _pieces(path.read_text(encoding="utf-8"), PIECES[split]), sha256(path)
     if name in TEXTS:
         return package_text(name, split)
-    path = Path(name).expanduser() / f"{split}.txt"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _pieces(_read(path), PIECES[split]), sha256(path)
+    path /= f"{split}.txt"
     if not path.is_file():
         names = f"wikitext-2, {', '.join([*DOMAINS, *TEXTS])}"
-        raise InputError(f"no text {path}: give {names}, or a folder with train.txt, valid.txt, test.txt")
+        raise InputError(f"no text {path}: give {names}, a text file, or a folder with train.txt, valid.txt, test.txt")
+    return _read(path), sha256(path)
+
+
+def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8"), sha256(path)
+        text = path.read_text(encoding="utf-8-sig").replace("\0", "")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error
+    if not text.strip():
+        raise InputError(f"{path} holds no text: give one that does")
+    return text
 
 
 def _pieces(text: str, wanted: range, count: int = 50) -> str:
@@ -74,10 +88,11 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, leng
     the tokenizer's BOS token if it puts one before a text: models trained so (Gemma, Llama) answer badly without.
 
     Raises:
-        InputError: the text is too short to hold ``count`` windows of ``length`` tokens.
+        InputError: the text is too short to hold ``count`` windows of ``length`` tokens, or holds half a character.
     """
     if min(count, length) < 1:
         raise InputError(f"{count} blocks of {length} tokens: ask for at least 1 of each")
+    _require_characters(text)
     draws = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
     stretch, first = len(text) // count, beginning(tokenizer)
     parts = [text[index * stretch : (index + 1) * stretch] for index in range(count)]
@@ -95,11 +110,21 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: i
     """
     if count:
         return token_blocks(tokenizer, text, count, length, seed)
+    _require_characters(text)
     first, ids = beginning(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     size = length - len(first)
     if not 1 <= size <= len(ids):
         raise InputError(f"windows of {length} tokens of a text of {len(ids)}: give a length it holds, of 2 or more")
     return torch.tensor([first + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)])
+
+
+def _require_characters(text: str) -> None:
+    """Raise where a string holds a lone surrogate: half of a character, which no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text has a lone surrogate at character {error.start}: decode it with errors='replace'"
+                         ) from error  # fmt: skip
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -130,6 +130,48 @@ def test_text_in_another_encoding_is_refused(tmp_path, refused):
         load_text(str(tmp_path), "test")
 
 
+def test_a_text_file_is_cut_into_splits_that_share_nothing(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(" ".join(f"{number:05d}" for number in range(5000)))
+    words = {split: set(load_text(str(path), split)[0].split()) for split in ("train", "valid", "test")}
+    whole = {split: {word for word in found if len(word) == 5} for split, found in words.items()}  # not cut in two
+    assert not whole["train"] & whole["test"] and not whole["train"] & whole["valid"]
+    assert len(set.union(*whole.values())) > 4900
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"\xef\xbb\xbfone two", "one two"),  # byte-order mark
+        (b"one\r\ntwo\rthree", "one\ntwo\nthree"),
+        (b"one\x00 two", "one two"),
+    ],
+)
+def test_marks_of_other_systems_are_no_text(tmp_path, raw, expected):
+    (tmp_path / "test.txt").write_bytes(raw)
+    assert load_text(str(tmp_path), "test")[0] == expected
+
+
+@pytest.mark.parametrize("raw", [b"", b" \n\t", b"\xef\xbb\xbf"])
+def test_a_file_without_text_is_refused(tmp_path, refused, raw):
+    (tmp_path / "test.txt").write_bytes(raw)
+    with refused("test.txt holds no text"):
+        load_text(str(tmp_path), "test")
+
+
+def test_half_a_character_is_refused(tokenizer, refused):
+    with refused("a lone surrogate at character 4: decode it"):
+        token_blocks(tokenizer, "one \ud800 " * 40, 2, 8, 0)
+    with refused("a lone surrogate at character 0"):
+        data.windows(tokenizer, "\udfff", 0, 8, 0)
+
+
+def test_one_line_of_ten_megabytes_gives_blocks(tokenizer):
+    blocks = token_blocks(tokenizer, "word and more " * 750_000, 4, 32, 0)
+    assert blocks.shape == (4, 32)
+    assert len({tuple(block.tolist()) for block in blocks}) > 1
+
+
 def test_splits_of_a_domain_share_no_piece_and_lose_none():
     text = "".join(chr(0x4E00 + index) for index in range(1003))
     parts = {split: data._pieces(text, pieces) for split, pieces in data.PIECES.items()}
