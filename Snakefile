@@ -16,7 +16,7 @@ DEVICE = config.get("device", "")
 DATA_DIR = config.get("data_dir", "")
 OUT = config.get("results", f"results/{PROFILE}")
 THREADS = config.get("threads") or workflow.resource_settings.cores or 8  # of a notebook; a cluster has no number of cores
-NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(Path("notebooks").glob("0*.ipynb"))
 SUMMARIES = [f"{OUT}/SUMMARY.md", f"{OUT}/SUMMARY.zh-CN.md"]
 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The one entry of this paper: builds its environment, then runs, tests, checks or opens it.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'EOF'
 ./reproduce.sh [run] [options]   regenerate every table and figure of a profile
+./reproduce.sh cut MODEL --keep 0.75 --out FOLDER [options]
+                                 your own model, cut, repaired, tested and saved: see ./reproduce.sh cut --help
 ./reproduce.sh test [-- ...]     run the tests; what follows -- goes to pytest
 ./reproduce.sh check             committed tables against regenerated ones, claims against tables
 ./reproduce.sh lab               open the notebooks in JupyterLab
@@ -108,6 +111,7 @@ run() {
     esac
   done
   [ -f "profiles/$profile.yaml" ] || die "no profile '$profile': there are $(cd profiles && echo *.yaml)"
+  [ "$only" != 10_your_model ] || die "10_your_model is no part of the paper: ./reproduce.sh cut runs it"
   [ -z "$only" ] || [ -f "notebooks/$only.ipynb" ] || die "no notebook '$only': there are $(cd notebooks && echo *.ipynb)"
   [[ "$jobs" =~ ^([1-9][0-9]*)?$ ]] || die "--jobs '$jobs': give a number of cores, 1 or more"
   [[ "$model$device$data_dir" != *"'"* ]] || die "--model, --device and --data-dir cannot hold a quote character"
@@ -173,13 +177,14 @@ main() {
   local command=run
   case "${1:-}" in
     -h | --help | help) usage; return ;;
-    run | test | check | lab | clean) command=$1; shift ;;
+    run | cut | test | check | lab | clean) command=$1; shift ;;
     "" | --*) ;;
     *) die "unknown command $1: see ./reproduce.sh --help" ;;
   esac
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
   case "$command" in
     run) for word in "$@"; do [ "$word" != --help ] || { usage; return; }; done; run "$@" ;;
+    cut) environment; cd "$called_from"; exec "$python" -m paper_src.cutting.notebook "$@" ;;
     test) [ "${1:-}" != -- ] || shift; environment; tests "$@" ;;
     check) check "$@" ;;
     lab) environment; exec "$python" -m jupyterlab --notebook-dir=notebooks "$@" ;;

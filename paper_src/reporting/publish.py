@@ -14,7 +14,7 @@ LARGER = re.compile(r"([tf]|0)[1-7]_\w+\.\w+")  # what the profile ``long`` give
 def summary(results: Path, since: float) -> str:
     """What ran, was kept or is missing, with seconds, and where to look."""
     lines = []
-    for notebook in sorted(Path("notebooks").glob("*.ipynb")):
+    for notebook in sorted(Path("notebooks").glob("0*.ipynb")):
         record = results / "tables" / f"{notebook.stem}.json"
         done = results / "notebooks" / notebook.name
         if done.is_file():

@@ -39,7 +39,7 @@ def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], ver
     """
     _stop_with_parent()
     parameters = parameters_for(notebook, profile, {**given, "results": os.path.relpath(results, "notebooks")})
-    names = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
+    names = sorted(path.stem for path in notebook.parent.glob("0*.ipynb"))
     head = f"[{names.index(notebook.stem) + 1}/{len(names)}] {notebook.stem}"
     log, start = results / "logs" / f"{notebook.stem}.log", time.monotonic()
     expected = seconds_before(log, COMMITTED.get(results.name))
@@ -49,6 +49,36 @@ def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], ver
             execute(notebook, parameters, results / "notebooks" / notebook.name)
             line.last = f"done in {clock(time.monotonic() - start)}"
         print(f"done in {time.monotonic() - start:.1f} s", file=file)
+
+
+def run_with(notebook: Path, parameters: dict[str, object], folder: Path, expected: float) -> None:
+    """Execute ``notebook`` with these parameters; its copy and log in ``folder``, what it says in the terminal."""
+    _stop_with_parent()
+    log = folder / f"{notebook.stem}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        _output_in(file) as terminal,
+        Line(notebook.stem, expected, [file, Said(terminal)], terminal) as line,
+    ):
+        execute(notebook, parameters, folder / notebook.name)
+        line.last = "done"
+
+
+class Said:
+    """A terminal that is told only the lines that say how much time is left."""
+
+    def __init__(self, out: TextIO):
+        self._out = out
+
+    def write(self, text: str) -> None:
+        """Lines of :meth:`paper_src.cutting.job.Job.say`."""
+        for line in text.splitlines():
+            if line.endswith(" left)"):
+                print(f"\r\x1b[K{line}" if self._out.isatty() else line, file=self._out, flush=True)
+
+    def flush(self) -> None:
+        """Nothing is held."""
 
 
 def execute(notebook: Path, parameters: dict[str, object], output: Path) -> None:

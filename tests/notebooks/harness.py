@@ -10,7 +10,8 @@ from paper_src.reporting.parameters import parameters_for
 
 ROOT = Path(__file__).parents[2]
 BASELINE = Path(__file__).with_name("baseline")
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))  # of the paper
+EVERY = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def prepared(notebook: Path, results: Path, folder: Path) -> Path:

@@ -189,6 +189,7 @@ def test_every_stage_of_recovery_is_there_and_adds_no_parameters(read):
         assert part["kept"].nunique() == 1
         assert (part["parameters_added"] == 0).all()
         assert part["ppl_ratio"].is_monotonic_decreasing
+        assert (part["n_windows"] >= [16, 16, 64]).all()
 
 
 def test_recommenders_stand_beside_popularity_and_the_full_catalogue(read):

@@ -128,3 +128,11 @@ def test_clean_deletes_what_runs_wrote_and_nothing_else(tmp_path):
     assert left == sorted(["reproduce.sh", *theirs])
     assert not (tmp_path / "results/tiny").exists()
     assert "kept: results/laptop/ holds other files" in done.stderr
+
+
+def test_every_direct_dependency_is_explained():
+    text = (ROOT / "docs/dependencies.md").read_text()
+    cells = [
+        cell.strip() for line in text.splitlines() if line.startswith("| ") for cell in line.split("|")[1].split(",")
+    ]
+    assert sorted(item.name for item in requirements("requirements.in")) == sorted(set(cells) - {"package"})

@@ -36,7 +36,7 @@ def test_a_section_has_all_cores_and_depends_on_the_files_of_a_local_model(tmp_p
 
 def test_every_table_that_is_read_is_made_by_an_earlier_notebook():
     made: set[str] = set()
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for notebook in sorted((ROOT / "notebooks").glob("0*.ipynb")):
         files = files_of(notebook, ROOT)
         assert set(files.reads) <= made, notebook.stem
         assert files.tables or files.figures, notebook.stem

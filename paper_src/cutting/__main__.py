@@ -1,0 +1,52 @@
+"""Command line: ``cut-layers MODEL --keep 0.75 --out FOLDER``, or ``python -m paper_src.cutting``."""
+
+import argparse
+import sys
+
+from paper_src import InputError
+from paper_src.cutting.request import CHOICES, Request
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the words that ``cut-layers`` and ``./reproduce.sh cut`` take."""
+    made = argparse.ArgumentParser(
+        prog="cut-layers",
+        description="Cut whole layers out of a language model, repair what is left, and test it. A run that is killed "
+        "goes on when the same command is given again.",
+    )
+    made.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, a hub id, or a registry name")
+    size = made.add_mutually_exclusive_group(required=True)
+    size.add_argument("--keep", type=float, default=0.0, help="layers to keep: a share such as 0.75, or their number")
+    size.add_argument("--speed", type=float, default=0.0, help="or how many times as fast, such as 1.5")
+    made.add_argument("--out", required=True, metavar="FOLDER", help="of the new checkpoint and its report.html")
+    made.add_argument("--minutes", type=float, default=20.0, help="in all (default: 20)")
+    made.add_argument("--text", nargs="+", default=[], metavar="TEXT", dest="texts",
+                      help="files, folders or names (default: wikitext-2, and what the model writes)")  # fmt: skip
+    made.add_argument("--strategy", default="", choices=["", *CHOICES], metavar="NAME",
+                      help=f"how layers are chosen: {', '.join(CHOICES)} (default: several, and the best)")  # fmt: skip
+    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA where there is one)")
+    made.add_argument("--dtype", default="auto", help="float32, bfloat16 (default: what the hardware multiplies in)")
+    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def main(words: list[str] | None = None) -> int:
+    """0 on success, 1 with one line on standard error for what the user can mend, 130 where it was stopped."""
+    given = vars(parser().parse_args(words))
+    try:
+        request = Request(**given | {"texts": tuple(given["texts"])}).checked()
+        from paper_src.cutting import job  # torch and Transformers take seconds
+
+        settings = dict(vars(request))
+        job.cut(settings.pop("model"), settings.pop("out"), settings.pop("keep"), **settings)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""One command: a model in, a smaller one with its report out."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import paper_src
+from paper_src import timing
+from paper_src.cutting import job as steps
+from paper_src.cutting.__main__ import main
+from paper_src.cutting.job import Job
+from paper_src.cutting.request import CHOICES, Progress, Request
+
+ROOT = Path(__file__).parents[2]
+MODEL, TEXT = str(ROOT / "tests/data/tiny-llama"), str(ROOT / "tests/data/tiny-text")
+
+
+@pytest.fixture(autouse=True)
+def own_text_only(monkeypatch):
+    """Other kinds of text are downloads."""
+    monkeypatch.setattr(steps, "KINDS", ())
+
+
+def request(tmp_path, **settings):
+    return Request(
+        **{"model": MODEL, "out": str(tmp_path / "small"), "keep": 0.5, "minutes": 0.2, "texts": (TEXT,)} | settings
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a cut model, and what was said."""
+    said, folder = [], tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "KINDS", ())
+        out = paper_src.cut(MODEL, folder / "small", keep=0.5, say=said.append, minutes=0.2, texts=(TEXT,))
+    return out, said
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_checkpoint_is_a_standard_one_of_the_wanted_size(made):
+    out, _ = made
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.num_hidden_layers == 4
+    assert model.dtype == torch.float32  # as the checkpoint it was made from, whatever it was computed in
+    ids = AutoTokenizer.from_pretrained(out)("The layers", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+    assert (out / "generation_config.json").is_file()
+
+
+def test_the_report_and_the_card_have_the_numbers_of_the_tables(made):
+    out, _ = made
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    found = {row["model"]: row for row in rows(out / "quality.csv")}
+    assert list(found) == ["full", "cut", "refitted", "recovered"]
+    assert float(found["full"]["ppl_ratio"]) == 1
+    for number in (float(found["recovered"]["ppl_ratio"]), float(found["cut"]["ppl_ratio"])):
+        assert f"{number:.2f}" in page
+    assert f"{float(found['recovered']['ppl_ratio']):.2f}" in card
+    assert {row["task"] for row in rows(out / "speed.csv")} == {"prefill_hidden", "decode"}
+    assert page.count('class="gone"') == 4
+    assert "calibrated on the given text only" in page
+
+
+def test_the_table_is_what_the_saved_model_does(made):
+    out, _ = made
+    full, small = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (MODEL, out))
+    job = Job(request(out.parent / "other", keep=4))
+    job.load(), job.read()
+    found = {row["model"]: row for row in rows(out / "quality.csv")}
+    count = int(found["full"]["n_windows"])
+    blocks = steps._as_many(job.tokenizer, steps.data.load_text(TEXT, "test")[0], count, 512, 0, TEXT)
+    with torch.no_grad():
+        nll = [torch.nn.functional.cross_entropy(model(blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
+               for model in (full, small)]  # fmt: skip
+    assert len(blocks) == count
+    assert float((nll[1] - nll[0]).exp()) == pytest.approx(float(found["recovered"]["ppl_ratio"]), rel=0.02)  # bfloat16
+
+
+def test_nothing_is_left_beside_the_checkpoint_and_time_was_told(made):
+    out, said = made
+    assert not Path(f"{out}.unfinished").exists()
+    assert said[-1].startswith("saved: ")
+    assert all(line.endswith(" left)") for line in said[:-1])
+
+
+def test_layers_that_no_repair_changed_are_the_checkpoints_own_bit_for_bit(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "_affordable", lambda self, settings: 0)
+        out = paper_src.cut(
+            MODEL, tmp_path / "x", keep=4, say=lambda line: None, minutes=0.2, texts=(TEXT,), dtype="bfloat16"
+        )
+    kept = json.loads((out / "README.md").read_text().split("(0-based): ")[1].split("\n")[0])
+    old, new = load_file(Path(MODEL) / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in new.values()} == {torch.float32}
+    before = {name: re.sub(r"layers\.(\d+)", lambda at: f"layers.{kept[int(at[1])]}", name) for name in new}
+    same = [name for name, tensor in new.items() if torch.equal(tensor, old[before[name]])]
+    changed = sorted(set(new) - set(same))
+    assert changed and all(name.endswith("mlp.down_proj.weight") for name in changed)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if line.startswith("refitted"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        steps.cut(**vars(request(tmp_path)), say=stop)
+    before = json.loads((tmp_path / "small.unfinished/progress.json").read_text())
+    assert before["candidates"] and before["spent"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "_candidates", lambda self: pytest.fail("it searches again"))
+        patch.setattr(steps.recovery, "closed_form", lambda *args, **settings: pytest.fail("it refits again"))
+        patch.setattr(Job, "_affordable", lambda self, settings: 0)
+        out = steps.cut(**vars(request(tmp_path)), say=lambda line: None)
+    changed = rows(out / "quality.csv")
+    assert float(changed[2]["ppl_ratio"]) != float(changed[1]["ppl_ratio"])  # the refit was read
+
+
+def test_another_request_begins_anew(tmp_path):
+    Progress(request(tmp_path)).put("candidates", [1])
+    assert Progress(request(tmp_path)).get("candidates") == [1]
+    assert Progress(request(tmp_path, minutes=9.0)).get("candidates") == [1]
+    assert Progress(request(tmp_path, keep=0.25)).get("candidates") is None
+
+
+def test_a_progress_file_that_was_cut_off_begins_anew(tmp_path):
+    progress = Progress(request(tmp_path))
+    progress.put("candidates", [1])
+    (progress.folder / "progress.json").write_text('{"request": "')
+    assert Progress(request(tmp_path)).get("candidates") is None
+
+
+def test_a_speed_gives_the_number_of_layers_that_has_it(tmp_path):
+    job = Job(request(tmp_path, keep=0.0, speed=1.5))
+    job.load()
+    flops = []
+    for k in (job.depth, job.k, job.k + 1):
+        small = steps.compaction.compact(job.full, range(k))
+        flops.append(timing.count_flops(small, steps.READ, timing.random_prompt(job.full, steps.READ, 0)))
+    assert flops[0] / flops[1] >= 1.5 > flops[0] / flops[2]
+
+
+@pytest.mark.parametrize("strategy", CHOICES)
+def test_every_strategy_can_be_asked_for(tmp_path, strategy):
+    job = Job(request(tmp_path, strategy=strategy), say=lambda line: None)
+    job.load(), job.read()
+    (row,) = job.search()
+    assert row["name"] == strategy and len(job.kept) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.0}, "give either keep"),
+        ({"speed": 2.0}, "give either keep"),
+        ({"keep": 2.5}, "keep 2.5: give a number of layers, or a share"),
+        ({"keep": -1.0}, "keep -1.0"),
+        ({"keep": 0.0, "speed": 0.9}, "speed 0.9: give more than 1"),
+        ({"minutes": 0.0}, "minutes 0.0: give more than 0"),
+        ({"strategy": "best"}, "strategy 'best': use one of "),
+        ({"out": MODEL}, "which is read: give a folder elsewhere"),
+        ({"out": str(ROOT / "tests")}, "which is read: give a folder elsewhere"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(tmp_path, settings, message, refused):
+    with refused(message):
+        request(tmp_path, **settings).checked()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere/at-all/here", "--keep", "0.5"], "no model 'nowhere/at-all/here'"),
+        ([MODEL, "--keep", "9"], "keep 9: the model has 8 layers"),
+        ([MODEL, "--speed", "50"], "speed 50.0: with a single layer this model is"),
+        ([MODEL, "--keep", "4", "--text", "no-such-text"], "no text no-such-text"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, words, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--out", str(tmp_path / "x"), "--minutes", "0.1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_short_texts_are_refused_by_name(tmp_path, refused):
+    text = tmp_path / "short.txt"
+    text.write_text("Too few words. " * 10)
+    job = Job(request(tmp_path, texts=(str(text),)))
+    job.load()
+    with refused("short.txt is too short"):
+        job.read()
+
+
+def test_a_checkpoint_that_loads_as_another_model_is_not_kept(tmp_path, refused, monkeypatch):
+    job = Job(request(tmp_path), say=lambda line: None)
+    job.load(), job.read(), job.search()
+    job.small = job.recovered = steps.compaction.compact(job.full, job.kept)
+    job.tokens = {"refit": 0, "distilled": 0}
+    wrong = steps.models.load_model(MODEL)
+    monkeypatch.setattr(steps.models, "load_model", lambda *words: wrong)
+    monkeypatch.setattr(Job, "_as_stored", lambda self: self.recovered)
+    with refused("loads as another model than was saved: nothing is kept"):
+        job.save([], [])
+    assert not (tmp_path / "small").exists()
+
+
+# --- the package by itself
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements):
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+def test_the_package_and_its_extras_are_the_direct_dependencies():
+    lines = (ROOT / "requirements.in").read_text().splitlines()
+    listed = names(line for line in lines if line and not line.startswith("#"))
+    parts = [names(PROJECT["dependencies"]), *map(names, PROJECT["optional-dependencies"].values())]
+    assert set().union(*parts) == listed
+    assert sum(map(len, parts)) == len(listed)  # each in one
+
+
+def closure(wanted):
+    """Distributions that these need, with their own needs."""
+    found, left = set(), list(wanted)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            try:
+                needs = map(Requirement, distribution(name).requires or [])
+            except PackageNotFoundError:  # of other systems
+                continue
+            left += [
+                canonicalize_name(item.name)
+                for item in needs
+                if item.marker is None or item.marker.evaluate({"extra": ""})
+            ]
+    return found
+
+
+def bare_environment(folder):
+    """A folder of packages that holds what the package itself needs, and nothing else."""
+    folder.mkdir()
+    for name in closure(names(PROJECT["dependencies"]) | {"setuptools"}):
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # of other systems
+            continue
+        for top in {path.parts[0] for path in found.files if path.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(found.locate_file(top))
+    return folder
+
+
+RUN = """
+import sys
+sys.path[:0] = {paths!r}
+import paper_src
+assert paper_src.__file__.startswith({paths[0]!r}), paper_src.__file__
+from paper_src.cutting import job
+job.KINDS = ()
+from paper_src.cutting.__main__ import main
+assert "pandas" not in sys.modules
+sys.exit(main({words!r}))
+"""
+
+
+def test_the_wheel_cuts_a_model_with_its_own_dependencies_alone(tmp_path):
+    source, wheels = tmp_path / "source", tmp_path / "wheels"  # a build leaves files where it is made
+    listing = ["git", "-C", str(ROOT), "ls-files", "-coz", "--exclude-standard"]
+    files = subprocess.run(
+        [*listing, "paper_src", "pyproject.toml", "README.md", "LICENSE"], check=True, capture_output=True
+    )
+    for name in filter(None, files.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(wheels)]
+    subprocess.run([*pip, str(source)], check=True, timeout=300)
+    (wheel,) = wheels.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    entry = (next((tmp_path / "installed").glob("*.dist-info")) / "entry_points.txt").read_text()
+    assert "cut-layers = paper_src.cutting.__main__:main" in entry
+
+    words = [MODEL, "--keep", "0.5", "--out", "cut", "--minutes", "0.2", "--text", TEXT]
+    paths = [str(tmp_path / "installed"), str(bare_environment(tmp_path / "bare"))]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = RUN.format(paths=paths, words=words)
+    done = subprocess.run([sys.executable, "-S", "-c", code], check=False, cwd=tmp_path, env=alone, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").config.num_hidden_layers == 4
+
+
+def test_the_command_runs_the_notebook_and_tells_how_far_it_is(tmp_path):
+    words = ["cut", "mine", "--keep", "4", "--out", "small", "--minutes", "0.2", "--text", TEXT]
+    (tmp_path / "mine").symlink_to(MODEL)
+    offline = {**os.environ, "PIP_NO_INDEX": "1", "PAPER_CACHE": str(tmp_path / "cache"), "MPLBACKEND": "agg"}
+    done = subprocess.run(["bash", str(ROOT / "reproduce.sh"), *words], check=False, cwd=tmp_path, env=offline,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"saved: {tmp_path}/small (open {tmp_path}/small/report.html)\n"
+    assert "4 of 8 layers are to be kept (about 0:" in done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.num_hidden_layers == 4
+    assert (tmp_path / "small.run/10_your_model.ipynb").is_file()
+    assert "not tested on c4" in (tmp_path / "small/report.html").read_text()
