@@ -29,6 +29,7 @@ KINDS = ("wikitext-2", "c4", "code", "technical", "multilingual")  # of text on 
 SEARCH, WRITTEN, REFIT, TEST = 0.25, 0.08, 0.15, 0.15  # shares of the minutes
 HOPELESS = 5.0  # times the perplexity of the best candidate: no refit makes up for that
 RATES = {0.7: 3e-4, 0.4: 4e-4, 0.0: 6e-4}  # learning rate from this share of the layers on
+LEAST = 0.05  # of the minutes: less is not worth a training
 PASSES = 3  # over the blocks of the distillation: the full model answers each once
 READ, WRITE = timing.Workload("prefill_hidden", 1, 512), timing.Workload("decode", 1, 128, 16)
 
@@ -265,6 +266,8 @@ class Job:
 
     def _affordable(self, settings: distillation.Distillation) -> int:
         """Blocks on which there is time to distil; 0 if that is not worth the while."""
+        if self.progress.left - self._reserve() < LEAST * self.progress.limit:
+            return 0
         steps = 4
         trial = distillation.Distillation(batch_size=settings.batch_size, learning_rate=1e-12, evaluate_every=steps)
         folder = self.progress.folder / "trial"

@@ -60,7 +60,7 @@ def reproduce(*words, **environment):
         (["frobnicate"], "unknown command frobnicate"),
         (["--profil", "tiny"], "unknown option --profil"),
         (["--profile"], "option --profile needs a value"),
-        (["--profile", "huge"], "no profile 'huge': there are gpu.yaml laptop.yaml long.yaml tiny.yaml"),
+        (["--profile", "huge"], "no profile 'huge': there are gpu.yaml laptop.yaml long.yaml models.yaml tiny.yaml"),
         (["--only", "99_none"], "no notebook '99_none'"),
         (["--jobs", "many"], "--jobs 'many': give a number"),
         (["check", "--fast"], "check takes no options"),
