@@ -30,6 +30,7 @@ SEARCH, WRITTEN, REFIT, TEST = 0.25, 0.08, 0.15, 0.15  # shares of the minutes
 HOPELESS = 5.0  # times the perplexity of the best candidate: no refit makes up for that
 RATES = {0.7: 3e-4, 0.4: 4e-4, 0.0: 6e-4}  # learning rate from this share of the layers on
 LEAST = 0.05  # of the minutes: less is not worth a training
+FEW = 8  # test windows that are too few for an interval
 PASSES = 3  # over the blocks of the distillation: the full model answers each once
 READ, WRITE = timing.Workload("prefill_hidden", 1, 512), timing.Workload("decode", 1, 128, 16)
 
@@ -323,6 +324,8 @@ class Job:
                 rows.append({"text": kind, "model": name, "n_windows": len(blocks), **_quality(found["nll_nats"], own),
                              "cosine": float(found["cosine"].mean())})  # fmt: skip
             self.say(f"{kind}: recovered {rows[-1]['ppl_ratio']:.2f} times the full model's perplexity")
+        if rows and (least := min(row["n_windows"] for row in rows)) < FEW:
+            self.warn(f"as few as {least} test windows: intervals are rough, more minutes give more windows")
         return rows
 
     def time(self) -> list[dict[str, object]]:
