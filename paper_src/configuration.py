@@ -53,7 +53,7 @@ def _cut(name: str, value: object, kept: Sequence[int], depth: int, named: str) 
     if isinstance(value, dict) and "layer" in name and value and all(str(key).isdigit() for key in value):
         found = {int(key): entry for key, entry in value.items()}
         return {str(place[index]): entry for index, entry in found.items() if index in place}
-    if isinstance(value, list | tuple) and named in name and "token" not in name:
+    if _of_layers(name, value, named):
         if _numbers(value, depth):
             return [place[index] for index in value if index in place]
         if len(value) == depth and "shared" in value:
@@ -70,9 +70,13 @@ def _numbers(value: Sequence, depth: int) -> bool:
 
 def lists_of_layers(config: PretrainedConfig, depth: int, named: str) -> int:
     """How many lists with ``named`` in their name have an entry for each layer."""
-    lists = [name for name, value in config.get_text_config().to_dict().items()
-             if isinstance(value, list) and len(value) == depth]  # fmt: skip
-    return sum(named in name and "token" not in name for name in lists)
+    settings = config.get_text_config().to_dict().items()
+    return sum(_of_layers(name, value, named) and len(value) == depth for name, value in settings)
+
+
+def _of_layers(name: str, value: object, named: str) -> bool:
+    """Whether a setting is a list that by its name may be of layers."""
+    return isinstance(value, list | tuple) and named in name and "token" not in name
 
 
 def _require_sources(name: str, value: Sequence[str], kept: Sequence[int]) -> None:

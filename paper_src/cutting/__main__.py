@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from paper_src import InputError
 from paper_src.cutting.request import CHOICES, Request
@@ -30,15 +31,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(words: list[str] | None = None) -> int:
-    """0 on success, 1 with one line on standard error for what the user can mend, 130 where it was stopped."""
-    given = vars(parser().parse_args(words))
-    try:
-        request = Request(**given | {"texts": tuple(given["texts"])}).checked()
-        from paper_src.cutting import job  # torch and Transformers take seconds
+def requested(given: dict[str, object]) -> Request:
+    """What the words of :func:`parser` ask for, checked."""
+    return Request(**given | {"texts": tuple(given["texts"])}).checked()
 
-        settings = dict(vars(request))
-        job.cut(settings.pop("model"), settings.pop("out"), settings.pop("keep"), **settings)
+
+def status(act: Callable[[], object]) -> int:
+    """0 on success, 1 with one line on standard error for what the user can mend, 130 where it was stopped."""
+    try:
+        act()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,6 +47,19 @@ def main(words: list[str] | None = None) -> int:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _cut(given: dict[str, object]) -> None:
+    request = requested(given)
+    from paper_src.cutting.job import cut  # Transformers takes seconds
+
+    cut(**vars(request))
+
+
+def main(words: list[str] | None = None) -> int:
+    """Cut a model as the words ask for; see :func:`status`."""
+    given = vars(parser().parse_args(words))
+    return status(lambda: _cut(given))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paper_src import InputError, NotSupported, compaction, data, distillation, fidelity, models, recovery, timing
-from paper_src.coalitions import Evaluator
+from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.cutting.report import TASKS, report_files
 from paper_src.cutting.request import Progress, Request
 from paper_src.scale.store import Store
 from paper_src.scoring import score_layers, weight_taylor
-from paper_src.selection import STRATEGIES, KeptLayers, Search, drop_block, evenly_spaced, kept_text, sleb, top_k
+from paper_src.selection import (
+    STRATEGIES,
+    KeptLayers,
+    Search,
+    drop_block,
+    evenly_spaced,
+    kept_text,
+    kept_tuple,
+    sleb,
+    top_k,
+)
 from paper_src.support.files import replacing
 from paper_src.support.generation import generated
 
@@ -88,7 +98,7 @@ class Job:
         return min(k, self.depth - 1)
 
     def read(self) -> dict[str, int]:
-        """Text -> tokens of calibration blocks that it can give, at most; what is missing or too short is an error."""
+        """Text -> characters to calibrate on; a text that is missing or too short is an error."""
         self.names = list(self.request.texts) or ["wikitext-2"]
         found = {}
         for name in self.names:
@@ -137,6 +147,7 @@ class Job:
     def search(self) -> list[dict[str, object]]:
         """A row for each candidate, best first: name, kept layers, ``ppl_ratio`` on validation text after a refit."""
         self.valid = self._watched()
+        self.valid_nll = fidelity.compare_states(self.full, self.valid, self.valid.hidden, ["nll_nats"])["nll_nats"]
         if (known := self.progress.get("candidates")) is None:
             rows, blocks = [], self.blocks("train", 16, self.request.seed + 1)
             candidates = self._candidates().items()
@@ -147,7 +158,7 @@ class Job:
                 rows.append({"name": name, "kept": kept_text(kept), "cut": before, "ppl_ratio": after})
                 self.say(f"{STRATEGIES[name].title}: {before:.2f} times the full perplexity, {after:.2f} refitted")
             known = self.progress.put("candidates", sorted(rows, key=lambda row: row["ppl_ratio"]))
-        self.kept = tuple(map(int, known[0]["kept"].split()))
+        self.kept = kept_tuple(known[0]["kept"])
         self.say(f"kept layers: {known[0]['kept']}")
         return known
 
@@ -194,9 +205,7 @@ class Job:
             case "angular":
                 return strategy.function(score_layers(self.full, blocks, batch_size=4).angular, self.k)
             case "leave_one_out":
-                evaluator = Evaluator(self.full, blocks, store=store)
-                every = tuple(range(self.depth))
-                losses = evaluator.losses([every[:layer] + every[layer + 1 :] for layer in every])
+                (losses,) = leave_one_out([Evaluator(self.full, blocks, store=store)])
                 return strategy.function(losses, self.k)
             case "weight_taylor":
                 return strategy.function(weight_taylor(self.full, blocks[:16]), self.k)
@@ -298,7 +307,7 @@ class Job:
         return 4 * trained + 12 * (trained - frozen)
 
     def _look(self, line: str) -> None:
-        self.progress.put("looked", line)
+        self.progress.put("looked", line)  # and with it the time that a killed run has used
         self.say(line)
 
     # --- what came of it ---------------------------------------------------------------------------------
@@ -404,12 +413,12 @@ class Job:
         return fidelity.reference(self.full, self.blocks("valid", count, self.request.seed), mean)
 
     def _ratio(self, model: PreTrainedModel) -> float:
-        metrics = ["nll_nats"]
-        own = fidelity.compare_states(self.full, self.valid, self.valid.hidden, metrics)["nll_nats"]
-        return fidelity.ppl_ratio(fidelity.compare(model, self.valid, metrics=metrics)["nll_nats"], own)["ppl_ratio"]
+        """Perplexity over the full model's, on validation text."""
+        nll = fidelity.compare(model, self.valid, metrics=["nll_nats"])["nll_nats"]
+        return fidelity.ppl_ratio(nll, self.valid_nll)["ppl_ratio"]
 
     def _windows(self) -> tuple[int, int]:
-        """Test windows of each own text, and of each other kind, for a quarter of the minutes."""
+        """Test windows of each own text, and of each other kind, for their share of the minutes."""
         if (known := self.progress.get("windows")) is None:
             window = 3.5 * TEST_LENGTH * self._a_token()  # through the full model and three smaller ones
             half = TEST / 2 * self.progress.limit / window

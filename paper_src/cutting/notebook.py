@@ -3,32 +3,26 @@
 import sys
 from pathlib import Path
 
-from paper_src import InputError
-from paper_src.cutting.__main__ import parser
-from paper_src.cutting.request import Request
+from paper_src.cutting.__main__ import parser, requested, status
 from paper_src.reporting import run
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "10_your_model.ipynb"
 
 
 def main(words: list[str] | None = None) -> int:
-    """0 on success, 1 with one line on standard error for what the user can mend, 130 where it was stopped."""
+    """Cut a model as the words ask for; see :func:`paper_src.cutting.__main__.status`."""
     command = parser()
     command.prog = "./reproduce.sh cut"
     given = vars(command.parse_args(words))
     given |= {"model": _absolute(given["model"]), "texts": [_absolute(name) for name in given["texts"]]}
     given["out"] = str(Path(given["out"]).expanduser().absolute())
-    try:
-        Request(**given | {"texts": tuple(given["texts"])}).checked()
-        run.run_with(NOTEBOOK, given, Path(f"{given['out']}.run"), 60 * given["minutes"])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    return status(lambda: _run(given))
+
+
+def _run(given: dict[str, object]) -> None:
+    requested(given)
+    run.run_with(NOTEBOOK, given, Path(f"{given['out']}.run"), 60 * given["minutes"])
     print(f"saved: {given['out']} (open {given['out']}/report.html)")
-    return 0
 
 
 def _absolute(name: str) -> str:

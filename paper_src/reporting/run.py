@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -37,32 +37,34 @@ def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], ver
 
     Writes ``results/notebooks/<name>`` and ``results/logs/<name>.log``; the notebook writes tables and figures itself.
     """
-    _stop_with_parent()
     parameters = parameters_for(notebook, profile, {**given, "results": os.path.relpath(results, "notebooks")})
     names = sorted(path.stem for path in notebook.parent.glob("0*.ipynb"))
     head = f"[{names.index(notebook.stem) + 1}/{len(names)}] {notebook.stem}"
-    log, start = results / "logs" / f"{notebook.stem}.log", time.monotonic()
+    log = results / "logs" / f"{notebook.stem}.log"
     expected = seconds_before(log, COMMITTED.get(results.name))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, _output_in(file) as terminal:
-        with Line(head, expected, [file, terminal] if verbose else [file], terminal) as line:
-            execute(notebook, parameters, results / "notebooks" / notebook.name)
-            line.last = f"done in {clock(time.monotonic() - start)}"
-        print(f"done in {time.monotonic() - start:.1f} s", file=file)
+    output = results / "notebooks" / notebook.name
+    _logged(notebook, parameters, output, log, head, expected, lambda terminal: [terminal] if verbose else [])
 
 
 def run_with(notebook: Path, parameters: dict[str, object], folder: Path, expected: float) -> None:
     """Execute ``notebook`` with these parameters; its copy and log in ``folder``, what it says in the terminal."""
+    log, output = folder / f"{notebook.stem}.log", folder / notebook.name
+    _logged(notebook, parameters, output, log, notebook.stem, expected, lambda terminal: [Said(terminal)])
+
+
+def _logged(
+    notebook: Path, parameters: dict[str, object], output: Path, log: Path, head: str, expected: float | None,
+    others: Callable[[TextIO], list[TextIO]],
+) -> None:  # fmt: skip
+    """Execute ``notebook``; what it says goes to ``log``, and to what ``others`` makes of the terminal."""
     _stop_with_parent()
-    log = folder / f"{notebook.stem}.log"
+    start = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("w", encoding="utf-8") as file,
-        _output_in(file) as terminal,
-        Line(notebook.stem, expected, [file, Said(terminal)], terminal) as line,
-    ):
-        execute(notebook, parameters, folder / notebook.name)
-        line.last = "done"
+    with log.open("w", encoding="utf-8") as file, _output_in(file) as terminal:
+        with Line(head, expected, [file, *others(terminal)], terminal) as line:
+            execute(notebook, parameters, output)
+            line.last = f"done in {clock(time.monotonic() - start)}"
+        print(f"done in {time.monotonic() - start:.1f} s", file=file)
 
 
 class Said:
