@@ -155,8 +155,10 @@ class Job:
             for (name, kept), before in cut.items():
                 near = len(cut) > 1 and before < HOPELESS * min(cut.values())
                 after = self._ratio(self._refitted(kept, blocks)) if near else before
-                rows.append({"name": name, "kept": kept_text(kept), "cut": before, "ppl_ratio": after})
-                self.say(f"{STRATEGIES[name].title}: {before:.2f} times the full perplexity, {after:.2f} refitted")
+                row = {"name": name, "kept": kept_text(kept), "cut": before, "ppl_ratio": after, "refitted": near}
+                rows.append(row)
+                then = f"{after:.2f} refitted" if near else "not refitted"
+                self.say(f"{STRATEGIES[name].title}: {before:.2f} times the full perplexity, {then}")
             known = self.progress.put("candidates", sorted(rows, key=lambda row: row["ppl_ratio"]))
         self.kept = kept_tuple(known[0]["kept"])
         self.say(f"kept layers: {known[0]['kept']}")
