@@ -6,8 +6,9 @@ With :mod:`paper_src.layers` this is all that knows how Transformers models are 
 import atexit
 import copy
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from paper_src import InputError
+from paper_src.support.files import complete, replacing_folder
 from paper_src.support.sources import sha256
-from paper_src.support.weights import first_line, located, require_plain
+from paper_src.support.weights import PINNED, first_line, located, require_plain
 
 DEPTHS = (
     "decoder_layers",
@@ -75,6 +77,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     if gguf and placed:
         raise InputError(f"{name} is packed: save it as safetensors to read it from the disk")
     require_plain(folder, name)
+    digest = "+".join(map(sha256, [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))))
+    if packed := gguf and name in PINNED:
+        folder, gguf = _unpacked(name, folder / gguf, digest), None
     arguments = {"gguf_file": gguf} if gguf else {}
     try:
         auto, stored = (AutoModelForCausalLM, None) if gguf else _kind(folder)
@@ -91,8 +96,24 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
-    digest = "+".join(map(sha256, [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))))
-    return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest, stored)
+    return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest, None if packed else stored)
+
+
+def _unpacked(name: str, gguf: Path, digest: str) -> Path:
+    """A pinned GGUF file as a float32 checkpoint beside it, written on first use.
+
+    Transformers reads the header of the packed form three times, a number at a time: a minute for half a billion
+    parameters, of which the numbers themselves take five seconds.
+    """
+    folder = gguf.parent / f"{gguf.stem}-{digest[:8]}"
+    if not complete(folder):
+        print(f"converting {name}, once ...", file=sys.stderr, flush=True)
+        packed = load_model(str(gguf), "float32", "cpu")
+        shutil.rmtree(folder, ignore_errors=True)  # half of one
+        with replacing_folder(folder) as part:
+            packed.model.save_pretrained(part)
+            packed.tokenizer.save_pretrained(part)
+    return folder
 
 
 def _kind(folder: Path) -> tuple[type, torch.dtype | None]:
@@ -227,6 +248,17 @@ def add_to_weight_(linear: nn.Module, change: Tensor) -> Tensor:
     new = (old.double() + change).to(old.dtype)
     linear.weight = nn.Parameter((new if isinstance(linear, Conv1D) else new.T).contiguous())
     return new.float() - old.float()
+
+
+def cast_(model: nn.Module, dtypes: Iterable[torch.dtype]) -> nn.Module:
+    """``model`` with its parameters in ``dtypes``, one for each.
+
+    Buffers stay as they are, which ``model.to`` would round as well: loading a checkpoint keeps rotary frequencies
+    in float32.
+    """
+    for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -76,12 +76,23 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_size for path in files}
 
 
+def complete(folder: Path) -> bool:
+    """Whether ``folder`` holds what :func:`replacing_folder` wrote: all files in their sizes, and no others."""
+    known = _known(folder)
+    return bool(known) and {name: size for name, size in _sizes(folder).items() if name != MARK} == known
+
+
+def _known(folder: Path) -> dict[str, int]:
+    """File -> bytes, by the mark in ``folder``."""
+    try:
+        return json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def _strangers(folder: Path) -> str:
     """The first file in ``folder`` that its mark does not list as it is; empty where there is none."""
-    try:
-        known = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        known = {}
+    known = _known(folder)
     files = {name: size for name, size in _sizes(folder).items() if not known or name != MARK}
     strange = [name for name, size in files.items() if known.get(name) != size]
     strange += [path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]

@@ -212,6 +212,25 @@ def test_pinned_name_loads_the_fetched_file(gguf_file, monkeypatch, llama, block
     assert assets == [weights.PINNED["smollm2-135m-instruct"]]
 
 
+def test_pinned_packed_weights_are_converted_once(gguf_file, monkeypatch, llama, blocks, capsys):
+    monkeypatch.setattr(weights, "fetch", lambda asset: gguf_file)
+    first = load("smollm2-135m-instruct")
+    assert "converting smollm2-135m-instruct, once" in capsys.readouterr().err
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", pytest.fail)
+    again = load("smollm2-135m-instruct")
+    assert torch.equal(again.model(blocks).logits, llama(blocks).logits)
+    assert again.tokenizer("ab")["input_ids"] == [95]
+    assert (again.digest, again.stored) == (first.digest, None) == (sha256(gguf_file), None)
+
+
+def test_half_a_conversion_is_made_anew(gguf_file, monkeypatch, llama, blocks):
+    monkeypatch.setattr(weights, "fetch", lambda asset: gguf_file)
+    load("smollm2-135m-instruct")
+    (converted,) = gguf_file.parent.glob("tiny-*/model.safetensors")
+    converted.write_bytes(converted.read_bytes()[:100])
+    assert torch.equal(load("smollm2-135m-instruct").model(blocks).logits, llama(blocks).logits)
+
+
 def test_model_from_gguf_saves_as_a_standard_checkpoint(gguf_file, tmp_path, llama, blocks):
     load(gguf_file).model.save_pretrained(tmp_path / "plain")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
