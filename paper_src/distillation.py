@@ -12,7 +12,7 @@ from torch.utils.data import StackDataset
 from transformers import PreTrainedModel
 
 from paper_src import InputError, fidelity
-from paper_src.models import last_hidden, logits_of
+from paper_src.models import cast_, last_hidden, logits_of
 from paper_src.support.checkpoints import (
     OneDevice,
     WatchedTrainer,
@@ -96,7 +96,7 @@ def distil(
             store_outcome(folder, model, history)
     if history[0]["kl_nats"] <= min(row["kl_nats"] for row in history[1:]):  # the first look is before any step
         return Distilled(student, history)
-    return Distilled(model.to(student.dtype).eval(), history)
+    return Distilled(cast_(model, (own.dtype for own in student.parameters())).eval(), history)
 
 
 def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Distillation) -> OneDevice:

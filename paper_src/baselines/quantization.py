@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 from paper_src import NotSupported
 from paper_src.baselines.moments import InputMoments, linears
 from paper_src.baselines.surgeon import Fix, compensated
+from paper_src.models import cast_
 from paper_src.support.weights import first_line
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its floating-point weights in ``dtype``."""
-    return copy.deepcopy(model).to(dtype)
+    small = copy.deepcopy(model)
+    return cast_(small, [dtype if own.is_floating_point() else own.dtype for own in small.parameters()])
 
 
 def torchao_quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:

@@ -36,10 +36,12 @@ from paper_src.support.generation import generated
 
 LENGTH, TEST_LENGTH = 128, 512  # tokens of calibration blocks and of test windows
 KINDS = ("wikitext-2", "c4", "code", "technical", "multilingual")  # of text on which every result is tested
-SEARCH, WRITTEN, REFIT, TEST = 0.25, 0.08, 0.15, 0.15  # shares of the minutes
+SEARCH, WRITTEN, REFIT, TEST = 0.2, 0.06, 0.08, 0.12  # shares of the minutes
 HOPELESS = 5.0  # times the perplexity of the best candidate: no refit makes up for that
 RATES = {0.7: 3e-4, 0.4: 4e-4, 0.0: 6e-4}  # learning rate from this share of the layers on
 LEAST = 0.05  # of the minutes: less is not worth a training
+SAVE = 0.03  # of the minutes: for the checkpoint and its report
+LOOKS = 0.1  # of a training's time: for its looks at validation text, two to six of them
 FEW = 8  # test windows that are too few for an interval
 PASSES = 3  # over the blocks of the distillation: the full model answers each once
 READ, WRITE = timing.Workload("prefill_hidden", 1, 512), timing.Workload("decode", 1, 128, 16)
@@ -252,7 +254,7 @@ class Job:
             return []
         folder = self.progress.folder / "distillation"
         blocks = self.calibration(int(self.progress.get("distil_blocks")))
-        settings = settings.with_looks(6, len(blocks))
+        settings = settings.with_looks(int(self.progress.get("looks")), len(blocks))
         found = distillation.distil(self.full, self.small, blocks, self.valid, folder, settings, progress=self._look)
         self.recovered, last = found.model, found.history[-1]
         self.tokens["distilled"] = int(last["tokens"])
@@ -280,27 +282,27 @@ class Job:
         """Blocks on which there is time to distil; 0 if that is not worth the while."""
         if self.progress.left - self._reserve() < LEAST * self.progress.limit:
             return 0
-        steps = 4
+        steps, folder = 4, self.progress.folder / "trial"
         trial = distillation.Distillation(batch_size=settings.batch_size, learning_rate=1e-12, evaluate_every=steps)
-        folder = self.progress.folder / "trial"
         blocks = self.blocks("train", steps * trial.batch_size, self.request.seed + 4)
         if len(blocks) < trial.batch_size:
             return 0
-        start = time.monotonic()
-        history = distillation.distil(self.full, self.small, blocks, self.valid, folder, trial).history
-        a_look = (time.monotonic() - start - history[-1]["seconds"]) / len(history)
-        a_step = history[-1]["seconds"] / history[-1]["step"]
+        last = distillation.distil(self.full, self.small, blocks, self.valid.head(1), folder, trial).history[-1]
         shutil.rmtree(folder, ignore_errors=True)
-        rest = self.progress.left - self._reserve() - 8 * a_look
-        count = int(rest / a_step * settings.batch_size / PASSES * 1.15)  # where answers are known, steps are shorter
+        rest = self.progress.left - self._reserve()
+        a_look = _seconds(lambda: fidelity.compare(self.small, self.valid))
+        looks = self.progress.put("looks", max(2, min(6, int(LOOKS * rest / a_look))))
+        rest -= (looks + 2) * a_look
+        # where answers are known, steps are shorter
+        count = int(rest / (last["seconds"] / last["step"]) * settings.batch_size / PASSES * 1.15)
         return count if count >= 4 * settings.batch_size else 0
 
     def _reserve(self) -> float:
         """Seconds that testing, timing and saving take, about."""
         own, others = self._windows()
         count = own * len(self.names) + others * len(set(KINDS) - set(self.names))
-        runs = 30 * READ.length + 60 * (WRITE.length + 20 * WRITE.new_tokens)
-        return self._a_token() * (3.5 * count * TEST_LENGTH + runs)
+        runs = 30 * READ.length + 40 * (WRITE.length + 20 * WRITE.new_tokens)  # rounds of both models, a warm-up
+        return self._a_token() * (5 * count * TEST_LENGTH + runs) + SAVE * self.progress.limit
 
     def _training_bytes(self) -> int:
         trained = models.count_parameters(self.small)
@@ -351,6 +353,7 @@ class Job:
             if not row["quiet"]:
                 self.warn(f"timed while other programs were at work, or rounds differ by much: {TASKS[work.task]}")
             rows.append(row)
+            self.say(f"{TASKS[work.task]}: {row['speedup']:.2f} times as fast as the full model")
         return rows
 
     def save(self, tested: list[dict[str, object]], timed: list[dict[str, object]]) -> Path:

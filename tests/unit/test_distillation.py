@@ -72,6 +72,18 @@ def test_it_computes_in_the_dtype_of_the_full_model(tmp_path, dtype, monkeypatch
     assert found.model.dtype == dtype
 
 
+def test_a_bfloat16_result_says_what_its_checkpoint_says(tmp_path):
+    full = build_model("llama")
+    full.save_pretrained(tmp_path / "full")
+    found, _ = run(tmp_path / "run", type(full).from_pretrained(tmp_path / "full", dtype=torch.bfloat16), count=16)
+    found.model.save_pretrained(tmp_path / "model")
+    again = type(full).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    own, other = dict(found.model.named_buffers()), dict(again.named_buffers())
+    assert {name: buffer.dtype for name, buffer in own.items()} == {name: other[name].dtype for name in own}
+    with torch.no_grad():
+        assert torch.equal(found.model(blocks(2)).logits, again(blocks(2)).logits)
+
+
 def test_the_result_is_a_standard_checkpoint(tmp_path):
     found, _ = run(tmp_path / "run")
     found.model.save_pretrained(tmp_path / "model")
