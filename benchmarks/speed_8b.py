@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from paper_src.compaction import compact
-from paper_src.models import count_parameters, pick_device
+from paper_src.models import count_parameters
 from paper_src.reporting.reported import RECOMMENDED
+from paper_src.support.devices import pick_device
 from paper_src.timing import Workload, compare_speed
 
 SHAPE = {

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from paper_src import InputError
+from paper_src.support.devices import pick_device, pick_dtype
 from paper_src.support.files import complete, replacing_folder
 from paper_src.support.sources import sha256
 from paper_src.support.weights import PINNED, first_line, located, require_plain
@@ -69,7 +70,6 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     Raises:
         InputError: nothing is found, weights are pickled, quantized, damaged, incomplete, NaN or Inf, or an adapter.
     """
-    transformers_logging.disable_progress_bar()
     where, placed = device, device in ("spread", "disk")
     device = pick_device("auto" if placed else device)
     torch_dtype = pick_dtype(dtype, device)
@@ -80,31 +80,34 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     digest = "+".join(map(sha256, [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))))
     if packed := gguf and name in PINNED:
         folder, gguf = _unpacked(name, folder / gguf, digest), None
-    arguments = {"gguf_file": gguf} if gguf else {}
     try:
-        auto, stored = (AutoModelForCausalLM, None) if gguf else _kind(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
-        # plain weights, also where kernels take packed ones
-        arguments |= {"quantization_config": GgufConfig(dequantize=True)} if gguf else {"use_safetensors": True}
-        arguments |= _placement(folder, where) if placed else {}
-        model, info = auto.from_pretrained(
-            folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **arguments
-        )
+        model, tokenizer, missing, stored = _read(folder, gguf, torch_dtype, where if placed else "")
     except Exception as error:  # the libraries raise a dozen types for files that cannot be read
         raise InputError(f"cannot load {name} ({first_line(error)}): fetch the model again, or name another") from error
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(missing):
         raise InputError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: fetch the whole checkpoint")
     _forget_quantizer_(model)
     require_finite(model, name)
     return Loaded((model if placed else model.to(device)).eval(), tokenizer, name, digest, None if packed else stored)
 
 
-def _unpacked(name: str, gguf: Path, digest: str) -> Path:
-    """A pinned GGUF file as a float32 checkpoint beside it, written on first use.
+def _read(
+    folder: Path, gguf: str | None, dtype: torch.dtype, where: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str], torch.dtype | None]:
+    """Model, tokenizer, names of weights that are missing, and the dtype that the checkpoint says it is in."""
+    transformers_logging.disable_progress_bar()
+    arguments = {"trust_remote_code": False} | ({"gguf_file": gguf} if gguf else {})
+    auto, stored = (AutoModelForCausalLM, None) if gguf else _kind(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+    # plain weights, also where kernels take packed ones
+    arguments |= {"quantization_config": GgufConfig(dequantize=True)} if gguf else {"use_safetensors": True}
+    arguments |= _placement(folder, where) if where else {}
+    model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **arguments)
+    return model, tokenizer, info["missing_keys"], stored
 
-    Transformers reads the header of the packed form three times, a number at a time: a minute for half a billion
-    parameters, of which the numbers themselves take five seconds.
-    """
+
+def _unpacked(name: str, gguf: Path, digest: str) -> Path:
+    """A pinned GGUF file as a float32 checkpoint beside it, written on first use: its header takes a minute to read."""
     folder = gguf.parent / f"{gguf.stem}-{digest[:8]}"
     if not complete(folder):
         print(f"converting {name}, once ...", file=sys.stderr, flush=True)
@@ -152,32 +155,6 @@ def _forget_quantizer_(model: PreTrainedModel) -> None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-
-
-def pick_device(device: str = "auto") -> str:
-    """``device``, or CUDA where there is one and else the CPU."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: this machine shows no CUDA device; use cpu")
-    try:
-        return str(torch.device(device))
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: torch knows no such device; use cpu, cuda or auto") from error
-
-
-def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
-    """``dtype``, or bfloat16 where the hardware multiplies in it (about 2.5 times as fast), else float32."""
-    if dtype == "auto":
-        if device.startswith("cuda"):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            abilities = torch.cpu.get_capabilities()
-            native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
-        return torch.bfloat16 if native else torch.float32
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype {dtype!r}: use float32, bfloat16, float16 or auto")
-    return getattr(torch, dtype)
 
 
 def require_finite(model: nn.Module, name: str = "the model") -> None:

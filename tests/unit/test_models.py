@@ -18,10 +18,9 @@ from paper_src.models import (
     load_model,
     locate_layers,
     logits_of,
-    pick_device,
-    pick_dtype,
 )
 from paper_src.support import weights
+from paper_src.support.devices import pick_device, pick_dtype
 from paper_src.support.sources import sha256
 
 PATHS = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi"], "model.layers")

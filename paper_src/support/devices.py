@@ -1,0 +1,31 @@
+"""Where a model computes, and in which numbers."""
+
+import torch
+
+from paper_src import InputError
+
+
+def pick_device(device: str = "auto") -> str:
+    """``device``, or CUDA where there is one and else the CPU."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: this machine shows no CUDA device; use cpu")
+    try:
+        return str(torch.device(device))
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: torch knows no such device; use cpu, cuda or auto") from error
+
+
+def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
+    """``dtype``, or bfloat16 where the hardware multiplies in it (about 2.5 times as fast), else float32."""
+    if dtype == "auto":
+        if device.startswith("cuda"):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            abilities = torch.cpu.get_capabilities()
+            native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {dtype!r}: use float32, bfloat16, float16 or auto")
+    return getattr(torch, dtype)
