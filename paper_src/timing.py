@@ -18,6 +18,7 @@ from paper_src.support.machine import Others
 
 TASKS = ("prefill_hidden", "prefill_logits", "decode")
 SPREAD, OTHERS = 0.25, 0.25  # of ratios (decoding a few tokens has 0.15 on an idle machine), and others' cores: at most
+CACHES = ("cache", "past_key_values")  # its name, newest first
 LOOKS = 3  # so many times the rounds are taken at most
 
 
@@ -167,13 +168,14 @@ def _work(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> Callabl
     if workload.task == "prefill_logits":
         return lambda: model(input_ids=prompt, use_cache=False).logits
     state = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    kind = next(name for name in CACHES if name in state)
 
     def decode() -> Tensor:
-        cache, logits = state.past_key_values, state.logits
+        cache, logits = state[kind], state.logits
         for _ in range(workload.new_tokens):
             token = logits[:, -1:].argmax(dim=-1)  # (B, 1)
-            step = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache, logits = step.past_key_values, step.logits
+            step = model(input_ids=token, use_cache=True, **{kind: cache})
+            cache, logits = step[kind], step.logits
         return logits
 
     return decode

@@ -74,7 +74,9 @@ class WatchedTrainer(Trainer):
         """Train, from the last checkpoint if there is one; ``columns`` of each look."""
         with room_in(self.args.output_dir):
             self.train(resume_from_checkpoint=whole_checkpoint(self.args.output_dir))
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off its forward
+        # accelerate's forward stood around the class's own, which is back now
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(self.model).pop(name, None)
         looks = [row for row in self.state.log_history if "eval_seconds" in row]
         # the log of a resumed run has another order
         return [{name: row[name if name in row else f"eval_{name}"] for name in columns} for row in looks]

@@ -84,6 +84,13 @@ def test_a_bfloat16_result_says_what_its_checkpoint_says(tmp_path):
         assert torch.equal(found.model(blocks(2)).logits, again(blocks(2)).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_training_stays_on_the_model(tmp_path, dtype):
+    full = build_model("llama").to(dtype)
+    found, _ = run(tmp_path, full, count=16)
+    assert vars(found.model).keys() == vars(compaction.compact(full, KEPT)).keys()
+
+
 def test_the_result_is_a_standard_checkpoint(tmp_path):
     found, _ = run(tmp_path / "run")
     found.model.save_pretrained(tmp_path / "model")
