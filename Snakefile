@@ -37,14 +37,14 @@ def record(notebook):
 def inputs(notebook):
     """The notebook and its profile first; lock, modules, a local model's files, and the tables it reads.
 
-    The summary reads all sections, and the committed tables of larger budgets.
+    The summary reads all sections, and the committed tables of larger budgets and other models.
     """
     weights = [MODEL] if os.path.isfile(MODEL) else sorted(glob.glob(f"{glob.escape(MODEL)}/*.*")) if MODEL else []
     needed = [str(notebook), f"profiles/{PROFILE}.yaml", "requirements.txt", *modules_of(notebook), *weights]
     if notebook.stem != "09_summary":
         return needed + tables(files_of(notebook).reads)
     needed += sorted(glob.glob("paper_src/reporting/summary*.j2") + glob.glob("paper_src/reporting/*.yaml"))
-    needed += sorted(glob.glob("tables/long/*") + glob.glob("tables/gpu/*"))
+    needed += sorted(glob.glob("tables/*/*"))
     return needed + [file for other in NOTEBOOKS if other.name < notebook.name for file in outputs(other)]
 
 

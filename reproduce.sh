@@ -145,7 +145,6 @@ run() {
 # Copies results to the top and makes from them what stands there alone.
 publish() {
   "$python" -m paper_src.reporting publish "$1"
-  [ "$1" != results/laptop ] || "$python" -m paper_src.reporting across tables/t9_models tables tables/small-neox >/dev/null
   "$python" -m paper_src.reporting page . report/index.html
 }
 

@@ -1,4 +1,4 @@
-"""Command line: python -m paper_src.reporting {run,check,publish,summary,page,across} ..."""
+"""Command line: python -m paper_src.reporting {run,check,publish,summary,page} ..."""
 
 import argparse
 import sys
@@ -43,20 +43,12 @@ def page(use: argparse.Namespace) -> None:
     page.build(use.source, use.target)
 
 
-def across(use: argparse.Namespace) -> None:
-    """Put several models, each a folder of tables of a whole run, in one table, .csv and .md."""
-    from paper_src.reporting import across
-
-    print(across.write(use.table, use.tables))
-
-
 COMMANDS = {
     run: ["notebook", "--profile", "--results", "--model", "--device", "--data-dir", "--verbose"],
     check: ["profile"],
     publish: ["results"],
     summary: ["results", "--since"],
     page: ["source", "target"],
-    across: ["table", "tables"],
 }
 KINDS = {
     "--model": {},
@@ -66,7 +58,6 @@ KINDS = {
     "--since": {"type": float, "default": 0.0, "help": "time before which a notebook counts as kept"},
     "--profile": {"type": Path, "required": True},
     "--results": {"type": Path, "required": True},
-    "tables": {"type": Path, "nargs": "+"},
 }
 
 

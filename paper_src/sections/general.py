@@ -1,20 +1,24 @@
-"""One row a model: is what the paper finds on its own weights general? From the findings of each run."""
+"""Section 9: what the paper finds on several models, each a folder of tables of a run; and what differs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
 from paper_src import InputError
-from paper_src.reporting.findings import load
-from paper_src.support.files import replacing
+from paper_src.reporting.claims import judge, read_claims
+from paper_src.reporting.findings import NAN, Finding, load
+from paper_src.reporting.style import BLUE, GREEN, ORANGE, PURPLE, RED, STYLE
+from paper_src.scoring import SCORES
 
-COLUMNS = {  # column -> finding, and what of it
-    "tau_fisher_leave_one_out": ("tau_leave_one_out_fisher", "value"),
-    "tau_fisher_lo": ("tau_leave_one_out_fisher", "lo"),
-    "tau_fisher_hi": ("tau_leave_one_out_fisher", "hi"),
+COLUMNS = {  # column of t9_models -> finding, and what of it
     "nearest_score": ("tau_leave_one_out_nearest", "text"),
     "tau_nearest": ("tau_leave_one_out_nearest", "value"),
     "top_k_selections": ("top_k_better_than_random", "n"),
@@ -22,62 +26,163 @@ COLUMNS = {  # column -> finding, and what of it
     "distributed_selections": ("distributed_better_than_random", "n"),
     "distributed_better_than_random": ("distributed_better_than_random", "value"),
     "k": ("k_smallest", "value"),
-    "speedup": ("speedup_smallest", "value"),
     "ppl_ratio_distributed": ("ppl_ratio_recommended", "value"),
     "ppl_ratio_chosen": ("ppl_ratio_chosen", "value"),
-    "ppl_ratio_recovered": ("ppl_ratio_recovered_smallest", "value"),
-    "cosine_recovered": ("cosine_recovered_smallest", "value"),
     "cosine_constant": ("cosine_constant", "value"),
 }
 COUNTS = ("top_k", "distributed", "k")  # columns that begin so hold whole numbers
-PATTERNS = ("fisher", "combined", "leave_one_out", "shapley")
+WORTH = ("leave_one_out", "shapley")  # what a layer is worth, by removing it
+STAGES = {"none": "cut", "closed_form": "closed form", "distilled": "distilled"}
+METRICS = ("ppl_ratio", "ppl_ratio_lo", "ppl_ratio_hi", "ppl_ratio_mean", "cosine", "cosine_lo", "cosine_hi")
+SINK = 10.0  # times the variance of the other tokens: an attention sink
+COLOURS, MARKERS = (BLUE, ORANGE, GREEN, PURPLE, RED), "osD^v"
 
 
-def row(tables: Path) -> dict[str, object]:
-    """What differs between models, from the folder of tables of one run.
-
-    ``in_pattern_<score>``: how many of the ``pattern_layers`` best layers are in the earlier report's pattern, the
-    first 9 and the last of 32, carried over by relative depth; ``by_chance`` of them are expected of a random order,
-    which has at least as many with probability ``p_<score>`` (hypergeometric).
+class Run:
+    """The tables of one model's run.
 
     Raises:
-        InputError: the folder does not hold a whole run.
+        InputError: the folder does not hold sections 1 to 5.
     """
 
-    def file(name: str) -> Path:
-        if not (tables / name).is_file():
-            raise InputError(f"{tables / name} is missing: run ./reproduce.sh --model NAME first")
-        return tables / name
+    def __init__(self, tables: str | Path):
+        self.tables = Path(tables)
+        for section in range(1, 6):
+            self.read(f"t{section}_findings")
+        record = self.tables / "01_importance.json"
+        if not record.is_file():
+            raise InputError(f"{record} is missing: run ./reproduce.sh --model NAME first")
+        made = json.loads(record.read_text(encoding="utf-8"))["model"]
+        self.name, self.sha256 = Path(made["name"]).name, made["sha256"][:12]
+        self.found: Mapping[str, Finding] = load(self.read)
+        self.depth = int(self.found["layers"].value)
 
-    found = load(lambda name: pd.read_csv(file(f"{name}.csv")))
-    for section in range(1, 6):
-        file(f"t{section}_findings.csv")
-    made = json.loads(file("01_importance.json").read_text(encoding="utf-8"))["model"]
-    depth, size = int(found["layers"].value), int(found["pattern_fisher"].n)
-    columns = {
-        "model": Path(made["name"]).name,
-        "sha256": made["sha256"][:12],
-        "layers": depth,
-        "parameters": int(found["parameters_full"].value),
-        "pattern_layers": size,
-        "by_chance": found["pattern_by_chance"].value,
-    }
-    for score in PATTERNS:
-        inside = int(found[f"pattern_{score}"].value)
-        columns |= {f"in_pattern_{score}": inside, f"p_{score}": hypergeom.sf(inside - 1, depth, size, size)}
-    return columns | {name: _whole(name, getattr(found[finding], part)) for name, (finding, part) in COLUMNS.items()}
+    def read(self, table: str) -> pd.DataFrame:
+        """One of its tables."""
+        path = self.tables / f"{table}.csv"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run ./reproduce.sh --model NAME first")
+        return pd.read_csv(path)
 
 
-def _whole(column: str, value: object) -> object:
-    return int(value) if column.startswith(COUNTS) else value
+def runs_of(own: str | Path, others: Sequence[str | Path]) -> list[Run]:
+    """The run in the folder of tables ``own``, then those of ``others`` that are of other weights."""
+    runs = [Run(own)]
+    for run in map(Run, others):
+        if run.sha256 not in {known.sha256 for known in runs}:
+            runs.append(run)
+    return runs
 
 
-def write(table: Path, folders: Sequence[Path]) -> str:
-    """Write t9_models as ``table`` .csv and .md, a :func:`row` for each folder of tables; returns the latter."""
-    frame = pd.DataFrame([row(folder) for folder in folders])
-    short = frame.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
-    text = short.set_index("model").T.to_markdown(disable_numparse=True)
-    for form, content in ((".csv", frame.to_csv(index=False)), (".md", text + "\n")):
-        with replacing(table.with_suffix(form)) as part:
-            part.write_text(content, encoding="utf-8")
-    return text
+def t9_models(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row a model. ``sink_from``, ``sink_to``: layers whose activations vary ten times as much with attention sinks
+    as without; ``combined_rank_of_sink``: the place of the first of them by the combined score, 1 for the best.
+    """
+    rows = []
+    for run in runs:
+        importance = run.read("t1_importance")
+        with np.errstate(all="ignore"):
+            share = importance["activation_variance"] / importance["activation_variance_no_sink"]
+        sinks = [int(layer) for layer in importance.loc[share >= SINK, "layer"]]
+        ranks = importance["combined"].rank(ascending=False, method="min")
+        row = {"model": run.name, "sha256": run.sha256, "layers": run.depth,
+               "parameters": int(run.found["parameters_full"].value),
+               "sink_from": min(sinks, default=NAN), "sink_to": max(sinks, default=NAN),
+               "combined_rank_of_sink": ranks[min(sinks)] if sinks else NAN}  # fmt: skip
+        for column, (finding, part) in COLUMNS.items():
+            value = getattr(run.found[finding], part)
+            row[column] = int(value) if column.startswith(COUNTS) else value
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def t9_model_scores(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row for each model and score: Kendall's tau with what layers are worth, and the earlier report's pattern.
+
+    ``in_pattern``: how many of the ``pattern_layers`` best layers are in that pattern, the first 9 and the last of
+    32, carried over by relative depth; ``by_chance`` are expected of a random order, which has at least as many with
+    probability ``p`` (hypergeometric).
+    """
+    rows = []
+    for run in runs:
+        size, chance = int(run.found["pattern_fisher"].n), run.found["pattern_by_chance"].value
+        for score in SCORES:
+            row = {"model": run.name, "score": score}
+            for worth in WORTH:
+                found = run.found.get(f"tau_{worth}_{score}")
+                parts = {"": "value", "_lo": "lo", "_hi": "hi"}
+                row |= {f"tau_{worth}{end}": getattr(found, part) if found else NAN for end, part in parts.items()}
+            inside = int(run.found[f"pattern_{score}"].value)
+            p = hypergeom.sf(inside - 1, run.depth, size, size)
+            rows.append(row | {"in_pattern": inside, "pattern_layers": size, "by_chance": chance, "p": p})
+    return pd.DataFrame(rows)
+
+
+def t9_model_depths(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row for each model, k and stage of recovery: quality on test text, and speed beside the FLOP ratio.
+
+    ``strategy`` chose the layers, which were best of all before a repair if ``best_unrepaired``. ``speedup`` is of a
+    prefill without the head, ``speedup_head`` with it, each beside its ratio of operations.
+    """
+    rows = []
+    for run in runs:
+        chosen = run.read("t5_selection").query("chosen").set_index("k")
+        tests = run.read("t5_recovery").query("selection == 'selected'")
+        speed = (
+            run.read("t3_speed").query("batch == 1").sort_values("length").drop_duplicates(["task", "k"], keep="last")
+        )
+        tasks = {"": "prefill_hidden", "_head": "prefill_logits"}
+        for test in tests.to_dict("records"):
+            k = test["k"]
+            strategy = ", ".join(str(chosen.loc[k, name]) for name in ("strategy", "score") if chosen[name].notna()[k])
+            row = {"model": run.name, "k": k, "layers": run.depth, "share": k / run.depth, "strategy": strategy,
+                   "best_unrepaired": chosen.loc[k, "rank_cut"] == 1, "stage": STAGES[test["recovery"]],
+                   "tokens": test["tokens"], "n": test["n_windows"],
+                   **{name: test[name] for name in METRICS}}  # fmt: skip
+            for end, task in tasks.items():
+                timed = speed[(speed["task"] == task) & (speed["k"] == k)]
+                for column, name in (("speedup", "speedup"), ("flop_ratio", "ideal")):
+                    row[f"{column}{end}"] = timed[name].iloc[-1] if len(timed) else NAN
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def t9_model_claims(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row a claim: its verdict on each model by that run's own tables, and whether it ``differs`` between them.
+
+    What was not run on a model is ``not testable`` there, and makes no difference.
+    """
+    rows = []
+    for claim in read_claims():
+        verdicts = {run.name: judge(claim, run.found)[0] for run in runs}
+        decided = set(verdicts.values()) - {"not testable"}
+        rows.append({"name": claim.name, **verdicts, "differs": len(decided) > 1})
+    return pd.DataFrame(rows)
+
+
+def f9_models(depths: pd.DataFrame) -> Figure:
+    """Perplexity over the full model's against the share of the layers that is kept: as cut, after the closed form,
+    and distilled, on test text of the first kind. n: `n` windows of t9_model_depths; bars: 95% BCa bootstrap over
+    windows; hollow: geometric mean over all kinds of text.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(STAGES), figsize=(7.6, 3.2), sharey=True)
+        for axis, stage in zip(axes, STAGES.values(), strict=True):
+            for (name, rows), colour, marker in zip(
+                depths.groupby("model", sort=False), COLOURS, MARKERS, strict=False
+            ):
+                _line(axis, rows[rows["stage"] == stage].sort_values("share"), name, colour, marker)
+            axis.axhline(1, color="black", lw=0.8, ls="--")
+            axis.set(title=stage, xlabel="share of the layers kept", yscale="log", xticks=(0.25, 0.5, 0.75))
+            axis.xaxis.set_major_formatter("{x:.0%}")
+            axis.yaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("perplexity / full model's")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS))
+    plt.close(figure)
+    return figure
+
+
+def _line(axis: Axes, rows: pd.DataFrame, name: str, colour: str, marker: str) -> None:
+    bars = [rows["ppl_ratio"] - rows["ppl_ratio_lo"], rows["ppl_ratio_hi"] - rows["ppl_ratio"]]
+    axis.errorbar(rows["share"], rows["ppl_ratio"], bars, color=colour, marker=marker, lw=1, label=name)
+    axis.plot(rows["share"], rows["ppl_ratio_mean"], marker, color=colour, mfc="white", ms=5)

@@ -1,5 +1,6 @@
-"""The table across models, from the committed results."""
+"""What the paper finds on several models, from the committed results and copies of them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,34 +9,102 @@ import pytest
 from scipy.stats import hypergeom
 
 from paper_src import InputError
-from paper_src.reporting import across
+from paper_src.sections import general
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def tables(tmp_path):
-    return Path(shutil.copytree(ROOT / "tables", tmp_path / "tables"))
+def other(tmp_path):
+    """The paper's tables as if they were of another model."""
+    folder = Path(shutil.copytree(ROOT / "tables", tmp_path / "other", ignore=lambda path, names: ["long", "gpu"]))
+    record = folder / "01_importance.json"
+    made = json.loads(record.read_text())
+    made["model"] |= {"name": "somebody/other-model", "sha256": "f" * 64}
+    record.write_text(json.dumps(made))
+    return folder
 
 
-def test_overlap_with_the_reported_pattern_and_its_chance(tables):
-    row = across.row(tables)
-    assert (row["layers"], row["pattern_layers"], row["in_pattern_fisher"]) == (30, 9, 8)
-    assert row["by_chance"] == pytest.approx(2.7)
-    assert row["p_fisher"] == pytest.approx(hypergeom.pmf(8, 30, 9, 9) + hypergeom.pmf(9, 30, 9, 9))
+@pytest.fixture
+def runs(other):
+    return general.runs_of(ROOT / "tables", [other])
 
 
-def test_the_committed_table_is_that_of_the_committed_runs():
-    made = pd.DataFrame([across.row(ROOT / folder) for folder in ("tables", "tables/small-neox")])
-    pd.testing.assert_frame_equal(pd.read_csv(ROOT / "tables" / "t9_models.csv"), made, check_dtype=False)
+def change(folder, table, where, **values):
+    frame = pd.read_csv(folder / f"{table}.csv")
+    for column, value in values.items():
+        frame[column] = frame[column].astype(object)
+        frame.loc[where(frame), column] = value
+    frame.to_csv(folder / f"{table}.csv", index=False)
 
 
-def test_one_row_a_run_and_a_run_that_is_not_whole(tables, tmp_path):
-    across.write(tmp_path / "t", [tables, tables])
-    assert len(pd.read_csv(tmp_path / "t.csv")) == 2
-    assert "tau_fisher_leave_one_out" in (tmp_path / "t.md").read_text()
-    for name in ("01_importance.json", "t5_findings.csv"):
-        (tables / name).unlink()
+def test_runs_of_the_same_weights_are_one_model(other):
+    runs = general.runs_of(ROOT / "tables", [ROOT / "tables", other, other])
+    assert [run.name for run in runs] == ["smollm2-135m-instruct", "other-model"]
+
+
+def test_a_run_that_is_not_whole_is_refused(other):
+    for name in ("t5_findings.csv", "01_importance.json"):
+        (other / name).unlink()
         with pytest.raises(InputError, match=f"{name} is missing"):
-            across.write(tmp_path / "t", [tables])
-        shutil.copy(ROOT / "tables" / name, tables)
+            general.runs_of(ROOT / "tables", [other])
+        shutil.copy(ROOT / "tables" / name, other)
+
+
+def test_overlap_with_the_reported_pattern_and_its_chance(runs):
+    row = general.t9_model_scores(runs).set_index(["model", "score"]).loc[("smollm2-135m-instruct", "fisher")]
+    assert (row["in_pattern"], row["pattern_layers"]) == (8, 9)
+    assert row["by_chance"] == pytest.approx(2.7)
+    assert row["p"] == pytest.approx(hypergeom.pmf(8, 30, 9, 9) + hypergeom.pmf(9, 30, 9, 9))
+
+
+def test_sinks_are_where_the_variance_needs_them(runs, other):
+    first, second = general.t9_models(runs).to_dict("records")
+    assert (first["sink_from"], first["sink_to"], first["combined_rank_of_sink"]) == (11, 27, 1)
+    assert second["sink_from"] == 11
+    change(other, "t1_importance", lambda frame: frame["layer"] < 20, activation_variance_no_sink=1e9)
+    change(other, "t1_importance", lambda frame: frame["layer"] == 20, combined=0.6)
+    (moved,) = general.t9_models([general.Run(other)]).to_dict("records")
+    assert moved["sink_from"] == 20
+    assert moved["combined_rank_of_sink"] == 4  # behind layers 11 (0.83), 29 and 0
+    change(other, "t1_importance", lambda frame: frame["layer"] >= 0, activation_variance_no_sink=1e9)
+    (none,) = general.t9_models([general.Run(other)]).to_dict("records")
+    assert pd.isna(none["sink_from"])
+    assert pd.isna(none["combined_rank_of_sink"])
+
+
+def test_depths_have_every_stage_of_the_recovery_and_both_speeds(runs):
+    depths = general.t9_model_depths(runs)
+    assert list(depths["stage"])[:3] == ["cut", "closed form", "distilled"]
+    assert depths.groupby("model")["k"].unique().map(list).tolist() == [[22, 15, 8]] * 2
+    recovered = pd.read_csv(ROOT / "tables" / "t5_recovery.csv").set_index("row")
+    last = depths[(depths["k"] == 8) & (depths["stage"] == "distilled")].iloc[0]
+    assert last["ppl_ratio"] == recovered.loc["selected k=8 distilled", "ppl_ratio"]
+    assert last["share"] == 8 / 30
+    assert last["flop_ratio"] == pytest.approx(30 / 8)
+    assert 1 < last["flop_ratio_head"] < last["flop_ratio"]
+
+
+def test_a_claim_differs_where_verdicts_do(other):
+    change(other, "t1_findings", lambda frame: frame["name"].isin(["pattern_fisher", "pattern_grad_norm"]), value=1)
+    run = general.Run(ROOT / "tables")
+    table = general.t9_model_claims([run, general.Run(other)]).set_index("name")
+    row = table.loc["pattern-by-gradients"]
+    assert (row[run.name], row["other-model"], row["differs"]) == ("reproduced", "not reproduced", True)
+    same = table.loc["pattern-by-worth"]
+    assert same[run.name] == same["other-model"]
+    assert not same["differs"]
+
+
+def test_a_claim_whose_section_was_not_run_does_not_differ(other):
+    (other / "t6_findings.csv").unlink()
+    table = general.t9_model_claims(general.runs_of(ROOT / "tables", [other])).set_index("name")
+    untested = table[(table["other-model"] == "not testable") & (table["smollm2-135m-instruct"] != "not testable")]
+    assert len(untested)
+    assert not untested["differs"].any()
+
+
+def test_the_figure_has_a_line_for_each_model_at_each_stage(runs):
+    figure = general.f9_models(general.t9_model_depths(runs))
+    assert [axis.get_title() for axis in figure.axes] == ["cut", "closed form", "distilled"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["smollm2-135m-instruct", "other-model"]
