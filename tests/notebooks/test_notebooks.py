@@ -95,8 +95,8 @@ def _require_run(notebook, results):
 def _comparable(path):
     """A table without what depends on the machine's speed."""
     table = pd.read_csv(path)
-    if path.stem in ("t9_claims", "t9_model_claims"):
-        return table[[name for name in ("name", "test") if name in table]]  # the rest follows from the other tables, and has speeds in it
+    if path.stem in ("t9_claims", "t9_model_claims"):  # the rest follows from the other tables, and has speeds in it
+        return table[[name for name in ("name", "test") if name in table]]
     if path.stem.endswith("_findings"):
         table = table[~table["name"].str.contains(MEASURED)].drop(columns="text").reset_index(drop=True)
     machine = [column for column in table if any(part in column for part in MACHINE)]
