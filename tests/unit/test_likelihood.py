@@ -1,0 +1,95 @@
+"""Titles by their likelihood: by hand, packed as plain, candidates and their ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAUSAL, build_model
+from transformers import AutoTokenizer
+
+from paper_src.recommendation.likelihood import BULLET, OPENING, TitleModel, candidates_of, ranks_within
+
+ITEMS = ["Alien", "Heat 2", "Up", "The  long\ngoodbye", "Up"]
+WINDOWED = {"mistral", "gemma2", "gemma3_text"}  # tiny ones see 5 tokens back: a mask of one's own would show them more
+
+
+def titles(tokenizer, family="llama", **settings):
+    return TitleModel(build_model(family), tokenizer, ITEMS, **settings)
+
+
+def by_hand(model, tokenizer, history, item):
+    """The mean log-likelihood of a title's tokens and the next bullet, from logits of the whole text."""
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    begun = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    prompt = begun + ids(OPENING)
+    for title in history:
+        prompt += ids(BULLET) + ids(f" {title}")
+    prompt += ids(BULLET)
+    end = ids(f" {item}") + ids(BULLET)
+    log_p = model(torch.tensor([prompt + end])).logits[0].log_softmax(-1)
+    return float(sum(log_p[len(prompt) + n - 1, token] for n, token in enumerate(end)) / len(end))
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "data" / "tiny-llama")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tiny models with room for the tokenizer's vocabulary and for a prompt."""
+    for family, shape in CAUSAL.items():
+        monkeypatch.setitem(CAUSAL, family, shape | {"vocab_size": 512, "max_position_embeddings": 256})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "falcon"])
+@torch.no_grad()
+def test_scores_are_the_models_own(tokenizer, family):
+    model = titles(tokenizer, family)
+    found = model.scores([0, 1], [2, 3, 4])
+    assert model.packs is (family not in WINDOWED)
+    expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) for title in ("Up", "The long goodbye", "Up")]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_candidates_do_not_see_each_other(tokenizer):
+    model = titles(tokenizer)
+    alone = [float(model.scores([0], [item])[0]) for item in (1, 2, 3)]
+    assert model.scores([0], [1, 2, 3]).tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_only_the_last_titles_and_the_first_tokens_count(tokenizer):
+    short = titles(tokenizer, length=1, longest=3)
+    assert torch.equal(short.scores([0, 1], [2]), short.scores([1], [2]))
+    assert max(map(len, short.titles)) == 3
+    assert not torch.allclose(titles(tokenizer).scores([0, 1], [2]), titles(tokenizer).scores([1], [2]))
+
+
+def test_an_empty_title_is_refused(tokenizer, refused):
+    with refused("item 1 has an empty text"):
+        TitleModel(build_model("llama"), tokenizer, ["Alien", " \n "])
+
+
+def test_candidates_are_the_best_that_a_user_has_not_had():
+    def scorer(histories):
+        return torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]).repeat(len(histories), 1)
+
+    found = candidates_of(scorer, [np.array([0]), np.array([1, 2])], np.array([2, 4]), count=2)
+    assert found.tolist() == [[1, 2], [0, 4]]  # item 4 is not among the best two of the second user
+
+
+def test_ranks_by_hand():
+    def scores(history, candidates):
+        return torch.tensor([float(len(ITEMS[item])) for item in candidates])
+
+    candidates = np.array([[0, 1, 2], [2, 3, 4]])
+    assert ranks_within(scores, [np.array([3])] * 2, candidates, np.array([0, 2])).tolist() == [2, 3]  # equal titles
+
+
+def test_a_score_that_is_nan_is_refused(refused):
+    with refused("scores of user 0 are NaN"):
+        ranks_within(lambda history, row: torch.tensor([1.0, torch.nan]), [[1]], np.array([[2, 3]]), np.array([2]))
