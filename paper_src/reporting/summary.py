@@ -63,6 +63,9 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "controls": _if_made(lambda read: read("t8_controls").to_dict("records"), read),
         "larger_recovery": _if_made(recovery_rows, lambda name: read(f"long/{name}")),
         "gpu_recovery": _if_made(gpu_rows, read),
+        "models": _if_made(model_rows, read),
+        "depths": _if_made(depth_rows, read),
+        "differing": _if_made(differing_rows, read),
     }
 
 
@@ -139,3 +142,25 @@ def method_rows(read: Read) -> list[dict]:
     free = table["name"].isin(["original_file", "int8_weight", "int4_groups"]) & ~table["recovered"]
     rows = table[free | ((table["k"] == k) & table["trained"])].sort_values(["tokens", "ppl_ratio"], kind="stable")
     return rows.to_dict("records")
+
+
+def model_rows(read: Read) -> list[dict]:
+    """A row a model, with those of two of its scores; none where there is one model alone."""
+    models, scores = read("t9_models").to_dict("records"), read("t9_model_scores").set_index(["model", "score"])
+    shown = ("fisher", "combined")
+    return [{**row, **{score: scores.loc[row["model"], score].to_dict() for score in shown}} for row in models
+            if len(models) > 1]  # fmt: skip
+
+
+def depth_rows(read: Read) -> list[dict]:
+    """A row for each model and k, with a part for each stage of its recovery."""
+    parts = read("t9_model_depths").groupby(["model", "k"], sort=False)
+    return [{**part.iloc[0].to_dict(), **{row["stage"].replace(" ", "_"): row for row in part.to_dict("records")}}
+            for _, part in parts]  # fmt: skip
+
+
+def differing_rows(read: Read) -> list[dict]:
+    """The claims whose verdict differs between models, with the verdict on each."""
+    table = read("t9_model_claims")
+    rows = table[table["differs"]].drop(columns="differs").to_dict("records")
+    return [{"name": row.pop("name"), "verdicts": row} for row in rows]

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import hypergeom
 
 from paper_src import InputError
+from paper_src.reporting import summary
 from paper_src.sections import general
 
 ROOT = Path(__file__).parents[2]
@@ -108,3 +109,22 @@ def test_the_figure_has_a_line_for_each_model_at_each_stage(runs):
     figure = general.f9_models(general.t9_model_depths(runs))
     assert [axis.get_title() for axis in figure.axes] == ["cut", "closed form", "distilled"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["smollm2-135m-instruct", "other-model"]
+
+
+def test_the_summary_compares_models_where_there_are_several(other):
+    change(other, "t1_findings", lambda frame: frame["name"].isin(["pattern_fisher", "pattern_grad_norm"]), value=1)
+    names = ("t9_models", "t9_model_scores", "t9_model_depths", "t9_model_claims")
+
+    def text(runs, language):
+        made = {name: getattr(general, name)(runs) for name in names}
+        return summary.summary(lambda name: made[name] if name in made else runs[0].read(name),
+                               runs[0].read("t9_claims"), language)  # fmt: skip
+
+    one, two = general.runs_of(ROOT / "tables", []), general.runs_of(ROOT / "tables", [other])
+    assert "## 9" not in text(one, "en")
+    for language, verdict in (("en", "*not reproduced*"), ("zh-CN", "*未复现*")):
+        found = text(two, language).split("## 9.")[1]
+        assert "| other-model | 30 | 134,515,008 | `block_influence` 0.68 |" in found
+        assert "| other-model | 8 | sleb |" in found
+        assert found.count("`pattern-by-gradients`") == 1
+        assert f"other-model {verdict}" in found
