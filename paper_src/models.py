@@ -243,14 +243,14 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def last_hidden(model: PreTrainedModel, blocks: Tensor, **more: Tensor) -> Tensor:
-    """Hidden states after the final norm, (B, T, d), of token ids (B, T); ``more`` arguments of the model's forward.
+def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Hidden states after the final norm, (B, T, d), of token ids (B, T).
 
     Raises:
         InputError: a token id that the embedding does not have, on the CPU; CUDA has an error of its own.
     """
     try:
-        return _stack(model)(input_ids=blocks.to(model.device), use_cache=False, **more).last_hidden_state
+        return _stack(model)(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
     except IndexError as error:
         rows, largest = model.get_input_embeddings().num_embeddings, int(blocks.max())
         if largest < rows:

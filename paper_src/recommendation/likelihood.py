@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import InputError
 from paper_src.data import beginning
-from paper_src.models import last_hidden, logits_of
 from paper_src.recommendation.interactions import Sequences
 from paper_src.recommendation.ranking import Scorer
+from paper_src.timing import CACHES
 
 OPENING, BULLET = "One person's choices, in order:", "\n-"  # a title is a line, so that it ends with the next bullet
-SAME = 0.02  # nats per token: packed and plain likelihoods differ by rounding alone
+SAME = 0.05  # nats per token: with a cache and without, likelihoods differ by rounding alone
 
 
 def candidates_of(scorer: Scorer, histories: Sequences, targets: np.ndarray, count: int = 100) -> np.ndarray:
@@ -63,7 +63,7 @@ class TitleModel:
         self.bullet = ids(BULLET)
         self.opening = [*beginning(tokenizer), *ids(OPENING)]
         self.titles = [ids(f" {title}")[:longest] for title in titles]
-        self.packs: bool | None = None  # whether candidates may stand in one row; not known before the first user
+        self.caches: bool | None = None  # whether the prompt is read once a user; not known before the first
 
     @torch.no_grad()
     def scores(self, history: Sequence[int], candidates: Sequence[int]) -> Tensor:
@@ -73,38 +73,39 @@ class TitleModel:
             prompt += [*self.bullet, *self.titles[item]]
         prompt += self.bullet
         ends = [torch.tensor([*self.titles[item], *self.bullet]) for item in candidates]
-        if self.packs is None:
-            few = ends[:2]
-            self.packs = bool((self._packed(prompt, few) - self._plain(prompt, few)).abs().max() < SAME)
-        return self._packed(prompt, ends) if self.packs else self._plain(prompt, ends)
+        if self.caches is None:
+            self.caches = self._agrees(prompt, ends[:2])
+        return self._cached(prompt, ends) if self.caches else self._plain(prompt, ends)
 
-    def _packed(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
-        """All in one row, the prompt once: each candidate sees the prompt and itself, at the same positions."""
-        start, device = len(prompt), self.model.device
-        own = torch.cat([torch.full((start,), -1), *(torch.full((len(end),), n) for n, end in enumerate(ends))])
-        places = torch.cat([torch.arange(start), *(start + torch.arange(len(end)) for end in ends)])
-        ids = torch.cat([torch.tensor(prompt), *ends])
-        seen = (own[None, :] == -1) | (own[None, :] == own[:, None])
-        seen &= torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype).masked_fill(~seen, torch.finfo(self.model.dtype).min)
-        more = {"attention_mask": mask[None, None].to(device), "position_ids": places[None].to(device)}
-        hidden = last_hidden(self.model, ids[None], **more)[0]
-        before = torch.arange(len(ids)) - 1  # the place that predicts each token
-        before[torch.cumsum(torch.tensor([start, *map(len, ends[:-1])]), 0)] = start - 1
-        return self._means(hidden[before[start:].to(device)], ids[start:], ends)
+    def _agrees(self, prompt: list[int], ends: Sequence[Tensor]) -> bool:
+        try:
+            return bool((self._cached(prompt, ends) - self._plain(prompt, ends)).abs().max() < SAME)
+        except Exception:  # of the cache's class, each its own type: some cannot be repeated
+            return False
+
+    def _cached(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
+        """The prompt once; behind a copy of its cache each candidate in a row, where padding is seen by nothing."""
+        device = self.model.device
+        read = self.model(input_ids=torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
+        kind = next(name for name in CACHES if name in read)
+        read[kind].batch_repeat_interleave(len(ends))
+        rows = pad_sequence(ends, batch_first=True)
+        more = self.model(input_ids=rows[:, :-1].to(device), use_cache=True, **{kind: read[kind]}).logits
+        first = read.logits[:, -1:].expand(len(ends), 1, -1)
+        return self._means(torch.cat([first, more], dim=1), ends)
 
     def _plain(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
         """Each candidate in a row of its own, behind the whole prompt."""
         rows = pad_sequence([torch.cat([torch.tensor(prompt), end]) for end in ends], batch_first=True)
-        hidden, start = last_hidden(self.model, rows), len(prompt)
-        states = torch.cat([row[start - 1 : start - 1 + len(end)] for row, end in zip(hidden, ends, strict=True)])
-        return self._means(states, torch.cat(list(ends)), ends)
+        logits = self.model(input_ids=rows.to(self.model.device), use_cache=False).logits
+        return self._means(logits[:, len(prompt) - 1 : -1], ends)
 
-    def _means(self, states: Tensor, ids: Tensor, ends: Sequence[Tensor]) -> Tensor:
-        """(C,) means of the log-likelihoods of tokens ``ids`` by the ``states`` before them."""
-        log_p = logits_of(self.model, states[None])[0].float().log_softmax(-1)
-        found = log_p.gather(1, ids[:, None].to(log_p.device))[:, 0].cpu()
-        return torch.stack([part.mean() for part in found.split([len(end) for end in ends])])
+    @staticmethod
+    def _means(logits: Tensor, ends: Sequence[Tensor]) -> Tensor:
+        """(C,) means of the log-likelihoods of C titles by the logits (C, T, V) before each of their tokens."""
+        rows, logits = pad_sequence(ends, batch_first=True).to(logits.device)[..., None], logits.float()
+        found = (logits.gather(-1, rows) - logits.logsumexp(-1, keepdim=True))[..., 0].cpu()
+        return torch.stack([row[: len(end)].mean() for row, end in zip(found, ends, strict=True)])
 
 
 def ranks_within(

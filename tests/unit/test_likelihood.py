@@ -1,4 +1,4 @@
-"""Titles by their likelihood: by hand, packed as plain, candidates and their ranks."""
+"""Titles by their likelihood: by hand, with a cache and without, candidates and their ranks."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from paper_src.recommendation.likelihood import BULLET, OPENING, TitleModel, candidates_of, ranks_within
 
 ITEMS = ["Alien", "Heat 2", "Up", "The  long\ngoodbye", "Up"]
-WINDOWED = {"mistral", "gemma2", "gemma3_text"}  # tiny ones see 5 tokens back: a mask of one's own would show them more
 
 
 def titles(tokenizer, family="llama", **settings):
@@ -51,9 +50,17 @@ def wide(monkeypatch):
 def test_scores_are_the_models_own(tokenizer, family):
     model = titles(tokenizer, family)
     found = model.scores([0, 1], [2, 3, 4])
-    assert model.packs is (family not in WINDOWED)
+    assert model.caches
     expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) for title in ("Up", "The long goodbye", "Up")]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_cache_that_cannot_be_repeated_is_done_without(tokenizer, monkeypatch):
+    plain, cached = titles(tokenizer), titles(tokenizer)
+    expected = cached.scores([0], [1, 2])
+    monkeypatch.delattr("transformers.cache_utils.Cache.batch_repeat_interleave")
+    assert plain.scores([0], [1, 2]).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert (plain.caches, cached.caches) == (False, True)
 
 
 def test_candidates_do_not_see_each_other(tokenizer):
