@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from paper_src import InputError
 from paper_src.models import last_hidden
 from paper_src.stats import median_interval
+from paper_src.support.caches import cache_name
 from paper_src.support.machine import Others
 
 TASKS = ("prefill_hidden", "prefill_logits", "decode")
 SPREAD, OTHERS = 0.25, 0.25  # of ratios (decoding a few tokens has 0.15 on an idle machine), and others' cores: at most
-CACHES = ("cache", "past_key_values")  # its name, newest first
 LOOKS = 3  # so many times the rounds are taken at most
 
 
@@ -168,7 +168,7 @@ def _work(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> Callabl
     if workload.task == "prefill_logits":
         return lambda: model(input_ids=prompt, use_cache=False).logits
     state = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    kind = next(name for name in CACHES if name in state)
+    kind = cache_name(state)
 
     def decode() -> Tensor:
         cache, logits = state[kind], state.logits

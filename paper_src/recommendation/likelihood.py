@@ -16,7 +16,7 @@ from paper_src import InputError
 from paper_src.data import beginning
 from paper_src.recommendation.interactions import Sequences
 from paper_src.recommendation.ranking import Scorer
-from paper_src.timing import CACHES
+from paper_src.support.caches import cache_name
 
 OPENING, BULLET = "One person's choices, in order:", "\n-"  # a title is a line, so that it ends with the next bullet
 SAME = 0.05  # nats per token: with a cache and without, likelihoods differ by rounding alone
@@ -87,7 +87,7 @@ class TitleModel:
         """The prompt once; behind a copy of its cache each candidate in a row, where padding is seen by nothing."""
         device = self.model.device
         read = self.model(input_ids=torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
-        kind = next(name for name in CACHES if name in read)
+        kind = cache_name(read)
         read[kind].batch_repeat_interleave(len(ends))
         rows = pad_sequence(ends, batch_first=True)
         more = self.model(input_ids=rows[:, :-1].to(device), use_cache=True, **{kind: read[kind]}).logits

@@ -48,21 +48,21 @@ class Run:
     def __init__(self, tables: str | Path):
         self.tables = Path(tables)
         for section in range(1, 6):
-            self.read(f"t{section}_findings")
-        record = self.tables / "01_importance.json"
-        if not record.is_file():
-            raise InputError(f"{record} is missing: run ./reproduce.sh --model NAME first")
-        made = json.loads(record.read_text(encoding="utf-8"))["model"]
+            self._file(f"t{section}_findings.csv")
+        made = json.loads(self._file("01_importance.json").read_text(encoding="utf-8"))["model"]
         self.name, self.sha256 = Path(made["name"]).name, made["sha256"][:12]
         self.found: Mapping[str, Finding] = load(self.read)
         self.depth = int(self.found["layers"].value)
 
     def read(self, table: str) -> pd.DataFrame:
         """One of its tables."""
-        path = self.tables / f"{table}.csv"
+        return pd.read_csv(self._file(f"{table}.csv"))
+
+    def _file(self, name: str) -> Path:
+        path = self.tables / name
         if not path.is_file():
             raise InputError(f"{path} is missing: run ./reproduce.sh --model NAME first")
-        return pd.read_csv(path)
+        return path
 
 
 def runs_of(own: str | Path, others: Sequence[str | Path]) -> list[Run]:
