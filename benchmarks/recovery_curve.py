@@ -151,7 +151,7 @@ def main():
             batch_size=use.batch, learning_rate=use.rate, warmup=0.02, evaluate_every=every, patience=10**6
         )
         student, work = begun(full, start, kept[start], refit), use.folder / "runs"
-        trained = distillation.distil(full, student, blocks, valid, work, settings, kept[start], print)
+        trained = distillation.distil(full, student, blocks, valid, work, settings, print)
         looks = pd.DataFrame(trained.history)
         spent = {"tokens": int(looks["tokens"].max()), "distinct_tokens": distinct, "generated_tokens": use.generated}
         spent |= {"rate": use.rate, "train_s": float(looks["seconds"].max())}

@@ -5,6 +5,7 @@
 Every row has had the same number of token passes at the same k, from the layers that section 5 repaired. A seed
 draws the calibration text, its order, and the closed form's text; a lever is compared with ``base`` of its seed. Runs
 go on where they were killed; ``levers.csv`` in the folder has a row a run. Nothing here reads test text.
+``tables/levers`` holds what it found, docs/recovery.md says what that means.
 """
 
 import argparse
@@ -30,7 +31,6 @@ HALF_FIRST = [*KINDS[:1] * 4, *KINDS[1:]]
 BASE = distillation.Distillation(epochs=3, learning_rate=6e-4, patience=1000)
 LEVERS = {
     "base": {},
-    "float32": {"more": {"bf16": False}},
     "rate_3e-4": {"learning_rate": 3e-4},
     "rate_1e-3": {"learning_rate": 1e-3},
     "rate_1.5e-3": {"learning_rate": 1.5e-3},
@@ -72,7 +72,8 @@ LEVERS = {
 class Varied(distillation.Distiller):
     """With the levers that transformers' Trainer has no argument for."""
 
-    local, averaged, muon = 0.0, 0.0, 0.0
+    local, averaged, muon, states = 0.0, 0.0, 0.0, 0.0
+    kept: tuple[int, ...] = ()
     average: dict | None = None
 
     def create_optimizer(self, *arguments):
@@ -87,7 +88,7 @@ class Varied(distillation.Distiller):
     def _loss(self, model, inputs):
         """At first each kept layer alone: from the full model's states before it to those before the next one."""
         if self.state.global_step >= self.local * self.args.max_steps:
-            return super()._loss(model, inputs)
+            return super()._loss(model, inputs) + (self.states and self.states * self._states(model, inputs))
         ids, depth = inputs["input_ids"], self.teacher.config.num_hidden_layers
         with torch.no_grad():
             known = self.teacher.base_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -107,6 +108,18 @@ class Varied(distillation.Distiller):
 
         self.runner.drive(ids, job, gradients=True)
         return sum(errors) / len(errors)
+
+    def _states(self, model, inputs):
+        """The relative squared error |h - h'|^2 / |h|^2 of the states before each kept layer but the first."""
+        wanted = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True}
+        with torch.no_grad():
+            known = self.teacher.base_model(**wanted).hidden_states
+        own, errors = model.base_model(**wanted).hidden_states, []
+        for place, layer in enumerate(self.kept):
+            if place:
+                before = known[layer].float()
+                errors.append((before - own[place].float()).square().sum(-1) / before.square().sum(-1))
+        return sum(error.mean() for error in errors) / len(errors)
 
     def training_step(self, *arguments, **named):
         found = super().training_step(*arguments, **named)
@@ -149,20 +162,20 @@ def run(full, tokenizer, kept, change, seed, use, valid):
     length, texts = change.pop("length", 128), change.pop("texts", HALF_FIRST)
     form, reach = change.pop("form", "down_proj"), change.pop("reach", "gaps")
     form_blocks, stages = change.pop("form_blocks", 128), change.pop("stages", 1)
-    special = {name: change.pop(name, 0.0) for name in ("local", "averaged", "muon")}
+    special = {name: change.pop(name, 0.0) for name in ("local", "averaged", "muon", "states")}
     if change.pop("kept", None):
         kept = evenly_spaced(full.config.num_hidden_layers, len(kept))
     how = replace(BASE, seed=seed, **change)
     count = use.tokens // how.epochs // length
     how.evaluate_every = max(1, count // how.batch_size * how.epochs // use.looks)
     blocks = calibration(tokenizer, texts, count, length, 100 + seed)
-    for name, value in special.items():
+    for name, value in (special | {"kept": tuple(kept)}).items():
         setattr(Varied, name, value)
     folder = use.folder / "runs"
 
     def train(small, blocks, stage=0):
         # the answers of a run's own text are those of all runs on that text
-        return distillation.distil(full, small, blocks, valid.first, folder / f"{stage}{special}", how, kept, print,
+        return distillation.distil(full, small, blocks, valid.first, folder / f"{stage}{special}", how, print,
                                    folder / "answers")  # fmt: skip
 
     if stages > 1:

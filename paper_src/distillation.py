@@ -1,7 +1,7 @@
 """Fine-tuning of a compact model against the full one, on top of transformers' Trainer."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +37,6 @@ class Distillation:
     # layers, and neighbouring tokens say nearly the same
     kl_every: int = 4
     hidden: float = 1.0  # weight of 1 - cos(h, h') of the last hidden states
-    states: float = 0.0  # weight of the relative squared error |h - h'|^2 / |h|^2 of the states before each kept layer
     evaluate_every: int = 20  # steps between looks at validation text, and between checkpoints; the last is a look
     patience: int = 5  # looks without progress after which it stops
     seed: int = 0  # of the order of the blocks
@@ -59,8 +58,8 @@ class Distilled:
 
 def distil(
     full: PreTrainedModel, student: PreTrainedModel, blocks: Tensor, validation: fidelity.Reference,
-    folder: str | Path, settings: Distillation | None = None, kept: Sequence[int] = (),
-    progress: Callable | None = None, answers: str | Path | None = None,
+    folder: str | Path, settings: Distillation | None = None, progress: Callable | None = None,
+    answers: str | Path | None = None,
 ) -> Distilled:  # fmt: skip
     """``student`` trained on ``blocks`` (N, T) so that it answers as ``full`` does; neither is changed.
 
@@ -73,7 +72,6 @@ def distil(
         validation: the full model's answers to validation text: decides which state is best and when to stop.
         folder: of all runs' checkpoints, and of the full model's states of ``blocks`` where there are several passes.
         answers: another folder for these states: the runs that share it ask the full model once for each block.
-        kept: kept layers, needed for ``settings.states``.
         progress: called with a line of text at each look.
 
     Raises:
@@ -89,7 +87,7 @@ def distil(
         part.requires_grad_(settings.embeddings)
     if (history := stored_outcome(folder, model)) is None:
         known = run_folder(Path(answers), [blocks, *full.parameters()], {}) if answers else None
-        trainer = Distiller(full, validation, blocks, settings, kept, progress, known, model=model,
+        trainer = Distiller(full, validation, blocks, settings, progress, known, model=model,
                             args=_arguments(full, folder, len(blocks), settings))  # fmt: skip
         history = trainer.fit("step", *fidelity.METRICS, "tokens", "seconds")
         with room_in(folder):
@@ -135,13 +133,13 @@ class Distiller(WatchedTrainer):
 
     def __init__(
         self, teacher: PreTrainedModel, validation: fidelity.Reference, blocks: Tensor, settings: Distillation,
-        kept: Sequence[int], progress: Callable | None, known: Path | None = None, **arguments,
+        progress: Callable | None, known: Path | None = None, **arguments,
     ):  # fmt: skip
         arguments["train_dataset"] = StackDataset(input_ids=blocks, index=torch.arange(len(blocks)))
         super().__init__(settings.patience, eval_dataset=StackDataset(input_ids=validation.blocks), **arguments)
-        self.teacher, self.validation, self.settings, self.kept = teacher, validation, settings, kept
+        self.teacher, self.validation, self.settings = teacher, validation, settings
         self.progress, self.tokens_a_step = progress, settings.batch_size * blocks.shape[1]
-        repeats = (settings.epochs > 1 or known) and not settings.states
+        repeats = settings.epochs > 1 or known
         self.answers = _Answers(teacher, blocks, known or Path(self.args.output_dir)) if repeats else None
 
     def compute_loss(
@@ -157,27 +155,17 @@ class Distiller(WatchedTrainer):
 
     def _loss(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         ids, use = inputs["input_ids"], self.settings
-        wanted = {"input_ids": ids, "use_cache": False, "output_hidden_states": use.states > 0}
         with torch.no_grad():
-            if self.answers:
-                h = self.answers(ids, inputs["index"])
-            else:
-                target = self.teacher.base_model(**wanted)
-                h = target.last_hidden_state
-        own = model.base_model(**wanted)
-        loss = use.hidden * (1 - functional.cosine_similarity(own.last_hidden_state.float(), h.float(), dim=-1)).mean()
+            h = self.answers(ids, inputs["index"]) if self.answers else last_hidden(self.teacher, ids)
+        own = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        loss = use.hidden * (1 - functional.cosine_similarity(own.float(), h.float(), dim=-1)).mean()
         if use.kl:
             part = (slice(None), slice(self.state.global_step % use.kl_every, None, use.kl_every))
             with torch.no_grad():
                 log_p = logits_of(self.teacher, h[part]).float().log_softmax(-1)  # (B, T / kl_every, V)
-            log_q = logits_of(model, own.last_hidden_state[part]).float().log_softmax(-1)
+            log_q = logits_of(model, own[part]).float().log_softmax(-1)
             kl = functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / log_q[..., 0].numel()
             loss = loss + use.kl * kl
-        if use.states:
-            places = [(layer, n) for n, layer in enumerate(self.kept) if n]
-            pairs = [(target.hidden_states[layer].float(), own.hidden_states[n]) for layer, n in places]
-            errors = [(t - state).square().sum(-1) / t.square().sum(-1) for t, state in pairs]  # (B, T)
-            loss = loss + use.states * sum(error.mean() for error in errors) / len(errors)
         return loss
 
     def measure(self) -> dict[str, float]:
