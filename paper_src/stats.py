@@ -43,19 +43,6 @@ def median_interval(values: Sequence[float]) -> Interval:
     return float(found.low), float(found.high)
 
 
-def paired_ratio_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 2000) -> Interval:
-    """95% BCa bootstrap interval of mean(a) / mean(b), whose entries belong to the same users or blocks.
-
-    Draws in which mean(b) and mean(a) are both 0 are left out; where that leaves no BCa interval, of percentiles.
-    """
-
-    def ratio(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return x.mean(axis=axis) / y.mean(axis=axis)
-
-    return _bootstrap((np.asarray(a, dtype=float), np.asarray(b, dtype=float)), ratio, seed, draws)
-
-
 def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, seed: int, draws: int) -> Interval:
     """BCa interval of one sample or of two that are drawn together; of percentiles where there is no BCa."""
     how = {

@@ -1,4 +1,4 @@
-"""Random weights in the shape of the compact model: what the weights that it inherits are worth after training."""
+"""Controls of a model's layers: the compact shape with random weights, and the model without any layer."""
 
 import copy
 from collections.abc import Sequence
@@ -26,3 +26,15 @@ def random_layers(full: PreTrainedModel, kept: Sequence[int], seed: int) -> PreT
         if not name.startswith(f"{path}."):
             parameter.data = full.get_parameter(name).detach().clone()
     return drawn
+
+
+def without_layers(full: PreTrainedModel) -> PreTrainedModel:
+    """The embedding, last norm and head of ``full`` and nothing between them; they share its weights."""
+    bare = compact(full, [0])
+    _, layers = locate_layers(bare)
+    del layers[:]
+    config = bare.config.get_text_config()
+    config.num_hidden_layers = 0
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    return bare

@@ -20,6 +20,7 @@ from paper_src.data import beginning
 from paper_src.models import last_hidden
 from paper_src.recommendation.interactions import Sequences, Split
 
+WEIGHTINGS = {"cosine": "CosineRecommender", "tf_idf": "TFIDFRecommender", "bm25": "BM25Recommender"}
 Scorer = Callable[[Sequences], Tensor]  # histories of U users -> scores (U, I)
 
 
@@ -73,11 +74,14 @@ def most_popular(train: Sequences, items: int) -> Scorer:
     return lambda histories: counts.repeat(len(histories), 1)
 
 
-def item_knn(train: Sequences, items: int, neighbours: int = 100) -> Scorer:
-    """Scores by cosine between items' sets of users, summed over the history (implicit's ``CosineRecommender``)."""
-    from implicit.nearest_neighbours import CosineRecommender  # compiled: slow to import
+def item_knn(train: Sequences, items: int, weighting: str = "cosine", neighbours: int = 100) -> Scorer:
+    """Scores by cosine between items' sets of users, summed over the history, by implicit's recommenders.
 
-    model = CosineRecommender(K=neighbours)
+    ``weighting``: of ``WEIGHTINGS``, how much a user counts.
+    """
+    from implicit import nearest_neighbours  # compiled: slow to import
+
+    model = getattr(nearest_neighbours, WEIGHTINGS[weighting])(K=neighbours)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of a conversion of its own
         model.fit(_matrix(train, items), show_progress=False)

@@ -4,11 +4,14 @@ A new recommender is a function with an entry of ``RECOMMENDERS``.
 """
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +21,7 @@ from paper_src.recommendation import encoders, ranking
 from paper_src.recommendation.encoders import Training
 from paper_src.recommendation.interactions import Interactions, Sequences, leave_last_out
 
+NEIGHBOURS = (10, 30, 100, 300)  # of item-kNN
 WATCHED = 1000  # validation users; of a quarter as many, the best epoch was often not the best
 
 
@@ -42,6 +46,18 @@ class Trial:
         self.validation = [split.train[user] for user in watched], split.valid[watched]
         histories = split.history("test")
         self.test = [histories[user] for user in tested], split.test[tested]
+        self.unseen = ~np.isin(self.test[1], np.concatenate(split.train))  # (U,) whether nobody is known to have it
+
+    def seeded(self, seed: int) -> "Trial":
+        """The same users with another seed of all trainings."""
+        other = copy.copy(self)
+        other.training, other.scratch = (replace(each, seed=seed) for each in (self.training, self.scratch))
+        return other
+
+    @functools.cached_property
+    def knn(self) -> ranking.Scorer:
+        """Item-kNN of all users, tuned on validation users."""
+        return fit_item_knn(self, self.users["all"])[0]
 
 
 class ItemTexts(NamedTuple):
@@ -60,7 +76,16 @@ def fit_most_popular(trial: Trial, users: Sequences, *ignored) -> Fitted:
 
 
 def fit_item_knn(trial: Trial, users: Sequences, *ignored) -> Fitted:
-    return ranking.item_knn(users, trial.items), {}
+    """The weighting and number of neighbours that are best on validation users."""
+
+    def quality(settings: tuple[str, int]) -> float:
+        scorer = ranking.item_knn(users, trial.items, *settings)
+        return ranking.metrics_of(ranking.target_ranks(scorer, *trial.validation))["ndcg10"].mean()
+
+    found = {settings: quality(settings) for settings in itertools.product(ranking.WEIGHTINGS, NEIGHBOURS)}
+    weighting, neighbours = best = max(found, key=found.get)
+    columns = {"weighting": weighting, "neighbours": neighbours, "valid_ndcg10": found[best]}
+    return ranking.item_knn(users, trial.items, *best), columns
 
 
 def fit_frozen(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
@@ -68,13 +93,7 @@ def fit_frozen(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -
 
 
 def fit_sasrec(trial: Trial, users: Sequences, texts: None, folder: Path) -> Fitted:
-    """SASRec. On a part of the users it has as many steps as on all, each of no more sequences than language models."""
-    training, everyone = trial.scratch, len(trial.users["all"])
-    if len(users) < everyone:
-        batch = min(trial.training.batch_size, training.batch_size)
-        times = max(1.0, everyone / len(users) * batch / training.batch_size)
-        epochs, patience = round(training.epochs * times), round(training.patience * times)
-        training = replace(training, batch_size=batch, epochs=epochs, patience=patience)
+    training = trial.scratch
     torch.manual_seed(training.seed)
     body = encoders.sasrec_body(length=training.length)
     vectors = encoders.random_vectors(trial.items, body.config.n_embd, training.seed)

@@ -1,37 +1,40 @@
-"""Rows and figure of section 6: does it still recommend, and do the layers matter at all?"""
+"""Rows of section 6: which designs can judge compaction, and does the compact model still recommend in those?"""
 
-import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paper_src import InputError, timing
+from paper_src import timing
+from paper_src.baselines.control import random_layers, without_layers
 from paper_src.baselines.depth import repaired
 from paper_src.compaction import compact
 from paper_src.recommendation import ranking
+from paper_src.recommendation.gate import gate, two_level_ratio_interval
+from paper_src.recommendation.likelihood import TitleModel, candidates_of, ranks_within
 from paper_src.recommendation.recommenders import RECOMMENDERS, ItemTexts, Trial
-from paper_src.reporting.findings import Findings, Read, ends
-from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
-from paper_src.stats import interval, paired_ratio_interval
 
 KEY = ["method", "body", "train_on"]  # names a row of one data set
+BARE = "embeddings"  # the body of a model without any layer
 FULL = ("trained", "full", "sample")  # speedups are over this row
-PAIRED = "paired bootstrap over users"
-SHARES = {"share_of_full": ("share_lo", "share_hi"), "over_no_layers": ("over_no_layers_lo", "over_no_layers_hi")}
+DESIGNS = {  # design -> row of the full model, and of the same recipe without its layers
+    "trained": (FULL, ("no_layers", "full", "sample")),
+    "frozen": (("frozen", "full", "none"), ("frozen", BARE, "none")),
+}
+TITLES = "titles"  # the third design, which ranks candidates
+RATIOS = ("share_of_full", "over_no_layers")
+ORDER = "order of item-kNN"  # how candidates stood before a model ranked them
 
 
-def variants(full: PreTrainedModel, kept: Sequence[int], recovered: Path) -> dict[str, PreTrainedModel]:
-    """name -> model: full, cut to ``kept``, the same repaired (a checkpoint), and the first layers, as SLMRec takes."""
-    return {"full": full, "compact": compact(full, kept), "recovered": repaired(full, recovered),
+def variants(full: PreTrainedModel, kept: Sequence[int], recovered: Path, seed: int) -> dict[str, PreTrainedModel]:
+    """name -> model: full, without any layer, cut to ``kept``, the same repaired (a checkpoint), with random layers,
+    and the first layers, as SLMRec takes.
+    """
+    return {"full": full, BARE: without_layers(full), "compact": compact(full, kept),
+            "recovered": repaired(full, recovered), "random_layers": random_layers(full, kept, seed),
             "first_layers": compact(full, range(len(kept)))}  # fmt: skip
 
 
@@ -48,16 +51,17 @@ class Contest:
     Args:
         trial: users, items and budgets.
         folder: of checkpoints; a killed run goes on from them.
+        seeds: of the trainings of language models and their control; references are trained once.
     """
 
-    def __init__(self, trial: Trial, folder: Path):
-        self.trial, self.folder = trial, folder
+    def __init__(self, trial: Trial, folder: Path, seeds: Sequence[int] = (0,)):
+        self.trial, self.folder, self.seeds = trial, folder, seeds
         self.rows: list[dict[str, object]] = []
-        self.ndcg10: dict[tuple[str, ...], np.ndarray] = {}
+        self.ndcg10: dict[tuple[str, ...], np.ndarray] = {}  # (S, U) of S trainings and U users
         self.scorers: dict[tuple[str, ...], ranking.Scorer] = {}
 
     def enter(self, method: str, train_on: str, body: str = "none", texts: ItemTexts | None = None) -> None:
-        """Fit a recommender, judge it on test users and add its row.
+        """Fit a recommender once for each seed, judge it on test users and add its row, a mean over seeds.
 
         Args:
             method: of ``RECOMMENDERS``.
@@ -67,19 +71,23 @@ class Contest:
         """
         entry, users = RECOMMENDERS[method], self.trial.users[train_on]
         body = method if entry.layers and not entry.texts else body
-        start = time.perf_counter()
-        scorer, columns = entry.fit(self.trial, users, texts, self.folder / f"{method}-{body}-{train_on}")
-        spent = time.perf_counter() - start
-        if entry.trained:
-            self.scorers[method, body, train_on] = scorer
-        values = ranking.metrics_of(ranking.target_ranks(scorer, *self.trial.test))
+        several = entry.trained and entry.texts
+        found, columns = [], []
+        for seed in self.seeds if several else self.seeds[:1]:
+            start = time.perf_counter()
+            folder = self.folder / f"{method}-{body}-{train_on}-{seed}"
+            scorer, own = entry.fit(self.trial.seeded(seed) if several else self.trial, users, texts, folder)
+            columns.append({"seconds": time.perf_counter() - start} | own)
+            found.append(ranking.metrics_of(ranking.target_ranks(scorer, *self.trial.test)))
+            if entry.trained:
+                self.scorers.setdefault((method, body, train_on), scorer)
+        values = {name: np.stack([each[name] for each in found]) for name in found[0]}
         self.ndcg10[method, body, train_on] = values["ndcg10"]
-        row = {"method": method, "model": _label(method, body, train_on), "body": body, "train_on": train_on,
-               "layers": entry.layers, "train_users": len(users), "seconds": spent}  # fmt: skip
-        for name, column in values.items():
-            low, high = interval(column, seed=self.trial.training.seed)
-            row |= {name: column.mean(), f"{name}_lo": low, f"{name}_hi": high}
-        self.rows.append(row | columns)
+        row = {"method": method, "body": body, "train_on": train_on, "layers": entry.layers,
+               "train_users": len(users), "trainings": len(found)}  # fmt: skip
+        unseen = values["ndcg10"][:, self.trial.unseen]
+        row |= _told(values | {"ndcg10_unseen": unseen}) | {"n_unseen": unseen.shape[1]}
+        self.rows.append(row | _means(columns))
 
     def speeds(self, rounds: int, users: int = 128) -> pd.DataFrame:
         """``users_per_s`` of trained networks at inference, and the speedup over the full model, interleaved."""
@@ -101,24 +109,112 @@ class Contest:
         return pd.DataFrame(rows)
 
     def ratios(self, method: str, body: str, train_on: str) -> dict[str, float]:
-        """Columns with NDCG@10 over that of another row, NaN where there is none; intervals pair the same users.
+        """Columns with NDCG@10 over that of another row, NaN where there is none; intervals pair users and trainings.
 
-        ``share_of_full`` is over the full model by the same method, ``over_no_layers`` over the control of the same
-        item vectors, users and training.
+        ``share_of_full`` is over the full model by the same method, ``over_no_layers`` over the same recipe without
+        layers.
         """
-        entry, (control,) = RECOMMENDERS[method], [n for n, entry in RECOMMENDERS.items() if entry.kind == "control"]
-        cut = entry.kind == "language model" and body != "full"
+        cut = RECOMMENDERS[method].kind == "language model" and body not in ("full", BARE)
+        without = {"trained": ("no_layers", body, train_on), "frozen": ("frozen", BARE, train_on)}
         bases = {"share_of_full": (method, "full", train_on) if cut else None,
-                 "over_no_layers": (control, body, train_on) if entry.texts and entry.layers else None}  # fmt: skip
+                 "over_no_layers": without.get(method) if body != BARE else None}  # fmt: skip
         columns, own = {}, self.ndcg10[method, body, train_on]
         for name, base in bases.items():
-            values = (np.nan, np.nan, np.nan)
-            if base in self.ndcg10:
-                other = self.ndcg10[base]
-                low, high = paired_ratio_interval(own, other, self.trial.training.seed)
-                values = own.mean() / other.mean(), low, high
-            columns |= dict(zip((name, *SHARES[name]), values, strict=True))
+            columns |= ratio(name, own, self.ndcg10.get(base), self.trial.training.seed)
         return columns
+
+
+def ratio(name: str, own: np.ndarray, other: np.ndarray | None, seed: int) -> dict[str, float]:
+    """Columns ``name``, ``name_lo`` and ``name_hi`` of mean(own) / mean(other), both (S, U); NaN without ``other``."""
+    low, high = (np.nan, np.nan) if other is None else two_level_ratio_interval(own, other, seed)
+    return {name: np.nan if other is None else own.mean() / other.mean(), f"{name}_lo": low, f"{name}_hi": high}
+
+
+def _told(values: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """Means of (S, U) values with their intervals over trainings and users; NaN without users."""
+    columns = {}
+    for name, column in values.items():
+        columns |= ratio(name, column, np.ones_like(column) if column.size else None, seed)
+    return columns
+
+
+def _means(columns: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Numbers averaged over trainings; words are those of the first."""
+    first = columns[0]
+    return {name: value if isinstance(value, str) else float(np.mean([each[name] for each in columns]))
+            for name, value in first.items()}  # fmt: skip
+
+
+class Asked:
+    """Test users whose candidates language models rank by how likely they find the titles.
+
+    Args:
+        trial: its item-kNN names the candidates.
+        users: so many of its test users, drawn at random; all if there are no more.
+        count: candidates of each user.
+        length: last titles of a history that are read.
+    """
+
+    def __init__(self, trial: Trial, users: int, count: int, length: int):
+        self.trial, self.length, seed = trial, length, trial.training.seed
+        everyone = len(trial.test[1])
+        drawn = np.sort(np.random.default_rng(seed).choice(everyone, min(users, everyone), replace=False))
+        self.histories, self.targets = [trial.test[0][user] for user in drawn], trial.test[1][drawn]
+        self.unseen = trial.unseen[drawn]
+        self.candidates = candidates_of(trial.knn, self.histories, self.targets, count)
+        self.named = ranking.target_ranks(trial.knn, self.histories, self.targets) <= count
+        places = np.argmax(self.candidates == self.targets[:, None], axis=1) + 1
+        self.ranks, self.speed = {ORDER: places}, {ORDER: np.nan}
+
+    def enter(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Let ``model`` rank everybody's candidates."""
+        titles, start = TitleModel(model, tokenizer, self.trial.data.texts, self.length), time.perf_counter()
+        self.ranks[name] = ranks_within(titles.scores, self.histories, self.candidates, self.targets)
+        self.speed[name] = len(self.targets) / (time.perf_counter() - start)
+
+    def ndcg10(self, name: str) -> np.ndarray:
+        """(1, U) of each user within the candidates."""
+        return ranking.metrics_of(self.ranks[name])["ndcg10"][None]
+
+    def table(self) -> pd.DataFrame:
+        """Rows of t6_titles: each ranking for all users, and for those whose test item nobody was seen to take.
+
+        Within the candidates; ``ndcg10_catalogue`` counts as missed what item-kNN did not name itself.
+        """
+        rows = []
+        for (name, ranks), (users, chosen) in (
+            (row, part) for row in self.ranks.items() for part in
+            {"all": np.ones_like(self.unseen), "unseen item": self.unseen}.items()
+        ):  # fmt: skip
+            values = {metric: found[None, chosen] for metric, found in ranking.metrics_of(ranks).items()}
+            anywhere = ranking.metrics_of(np.where(self.named, ranks, self.trial.items))["ndcg10"][None, chosen]
+            row = {"dataset": self.trial.data.name, "model": name, "users": users, "n_users": int(chosen.sum()),
+                   "candidates": self.candidates.shape[1], "users_per_s": self.speed[name]}  # fmt: skip
+            row |= _told(values | {"ndcg10_catalogue": anywhere, "named": self.named[None, chosen].astype(float)})
+            bases = dict(zip((*RATIOS, "over_order"), ("full", BARE, ORDER), strict=True))
+            for column, base in bases.items():
+                other = self.ndcg10(base)[:, chosen] if base in self.ranks and base != name and chosen.any() else None
+                row |= ratio(column, values["ndcg10"], other, self.trial.training.seed)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def t6_gate(contests: Iterable[Contest], asked: Iterable[Asked]) -> pd.DataFrame:
+    """t6_gate: each design on each data set, the full model over the same recipe without layers, and the verdict."""
+    rows = []
+    for contest, titles in zip(contests, asked, strict=True):
+        found = {name: [contest.ndcg10[key] for key in keys] for name, keys in DESIGNS.items()}
+        found[TITLES] = [titles.ndcg10(name) for name in ("full", BARE)]
+        for name, (full, without) in found.items():
+            judged = gate(full, without, trained=name == "trained", seed=contest.trial.training.seed)
+            row = {"dataset": contest.trial.data.name, "design": name, "ndcg10_full": full.mean()}
+            rows.append(row | {"ndcg10_no_layers": without.mean(), **judged._asdict()})
+    return pd.DataFrame(rows)
+
+
+def passing(gates: pd.DataFrame, dataset: str) -> list[str]:
+    """The designs that can judge compaction on a data set."""
+    return gates.loc[(gates["dataset"] == dataset) & (gates["verdict"] == "passes"), "design"].tolist()
 
 
 def t6_recommenders(contest: Contest, speeds: pd.DataFrame) -> pd.DataFrame:
@@ -129,102 +225,3 @@ def t6_recommenders(contest: Contest, speeds: pd.DataFrame) -> pd.DataFrame:
         n_users=len(contest.trial.test[0]), n_items=contest.trial.items, dataset=contest.trial.data.name
     )
     return frame.merge(speeds, on=KEY, how="left")
-
-
-def _label(method: str, body: str, train_on: str) -> str:
-    """How a row is shown in the column ``model``; what it means stands in columns of their own."""
-    if body == method:
-        return {"all": "all users", "sample": "same users"}[train_on]
-    return f"{body}, all users" if train_on == "all" and body != "none" else body
-
-
-PALETTE = (GREY, SKY, GREEN, ORANGE, BLUE, RED, PURPLE)  # of recommenders, in their order
-RATIOS = {"over_no_layers": ("o", 0.16, "no layers"), "share_of_full": ("s", -0.16, "the full model")}
-
-
-def f6_recommendation(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Every recommender, best first: NDCG@10, its ratio to that without layers or of the full model, and speed.
-    All items are ranked; n is the number of test users in the title. Bars: 95% bootstrap over test users, paired for
-    ratios. Trained networks learn from all users where the name says so, else from one sample of them. Speed: median
-    of interleaved rounds, trained networks only.
-
-    Args:
-        tables: name -> t6_movielens, t6_amazon, as many as there are.
-    """
-    sizes = [len(table) for table in tables.values()]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(len(sizes), 3, figsize=(10, 0.2 * sum(sizes) + len(sizes)), squeeze=False,
-                                    width_ratios=(5, 5, 3))  # fmt: skip
-        best_last = [table.sort_values("ndcg10", ignore_index=True) for table in tables.values()]
-        for panels, table in zip(axes, best_last, strict=True):
-            _bars(panels[0], table, ("ndcg10", "ndcg10_lo", "ndcg10_hi"), "o")
-            for name, (marker, shift, _) in RATIOS.items():
-                _bars(panels[1], table, (name, *SHARES[name]), marker, shift)
-            _bars(panels[2], table, ("users_per_s",), "o")
-            titles = (f"{table['dataset'][0]}: {table['n_users'][0]:,} test users", "ratio to another row", "speed")
-            labels = ("NDCG@10, whole catalogue", "ratio of NDCG@10, same users", "users per second")
-            for panel, title, label in zip(panels, titles, labels, strict=True):
-                panel.set(title=title, xlabel=label, ylim=(-0.7, len(table) - 0.3), yticks=table.index, yticklabels=[])
-            names = zip(table["method"], table["model"], strict=True)
-            panels[0].set_yticklabels([_name(RECOMMENDERS[method].title, model) for method, model in names])
-            panels[0].set_xlim(left=0)
-            panels[1].axvline(1, color="black", lw=0.8, ls="--")
-            panels[2].set_xscale("log")
-            panels[2].margins(x=0.15)
-        handles = [Line2D([], [], ls="", marker=marker, ms=4, color="black", label=f"ratio to {base}")
-                   for marker, _, base in RATIOS.values()]  # fmt: skip
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    plt.close(figure)
-    return figure
-
-
-def _bars(panel: Axes, table: pd.DataFrame, columns: Sequence[str], marker: str, shift: float = 0.0) -> None:
-    """A point per row that has a value, with its interval if ``columns`` name one."""
-    colours = dict(zip(RECOMMENDERS, itertools.cycle(PALETTE), strict=False))
-    for row in table[table[columns[0]].notna()].itertuples():
-        value, *interval_ends = (getattr(row, column) for column in columns)
-        spread = [[value - interval_ends[0]], [interval_ends[1] - value]] if interval_ends else None
-        panel.errorbar(value, row.Index + shift, xerr=spread, fmt=marker, ms=4, color=colours[row.method])
-
-
-def _name(title: str, model: str) -> str:
-    return title if model == "none" else f"{title}, {model.replace('_', ' ')}"
-
-
-def t6_findings(read: Read) -> pd.DataFrame:
-    """t6_findings: NDCG@10 of the smallest trained model of each data set, beside what needs no layers."""
-    found, rows = Findings(), {}
-    for name in ("movielens", "amazon"):
-        try:
-            table = read(f"t6_{name}")
-        except (InputError, FileNotFoundError):  # its data were not at hand
-            continue
-        by_name, source = table.set_index(["method", "body", "train_on"], drop=False).sort_index(), f"t6_{name}"
-        small = pd.concat([by_name.loc[[("trained", body, "sample")]] for body in ("compact", "recovered")])
-        best = small.nlargest(1, "valid_ndcg10").iloc[0]
-        popular = by_name.loc[("most_popular", "none", "all"), "ndcg10"]
-        rows[name] = best.to_dict() | {"lead": best["ndcg10"] - popular}
-        found.add(source, f"data_set_{name}", best["n_items"], unit="items", n=best["n_users"], text=best["dataset"])
-        others = {"most_popular": ("most_popular", "none", "all"), "sasrec_same": ("sasrec", "sasrec", "sample"),
-                  "sasrec_all": ("sasrec", "sasrec", "all"), "full": ("trained", "full", "sample"),
-                  "smallest": ("trained", best["body"], "sample"), "no_layers": ("no_layers", best["body"], "sample"),
-                  "no_layers_all": ("no_layers", "compact", "all")}  # fmt: skip
-        for role, key in others.items():
-            found.add(source, f"ndcg10_{role}_{name}", *ends(by_name.loc[key], "ndcg10"), unit="NDCG@10",
-                      n=best["n_users"])  # fmt: skip
-        for column, ends_of in (("share_of_full", "share"), ("over_no_layers", "over_no_layers")):
-            found.add(source, f"{column}_{name}", best[column], best[f"{ends_of}_lo"], best[f"{ends_of}_hi"],
-                      unit="NDCG@10 ratio, same users", n=best["n_users"], test=PAIRED)  # fmt: skip
-        found.add(source, f"speedup_{name}", *ends(best, "speedup"), unit="times")
-    if rows:
-        _least(found, pd.DataFrame(rows.values()), ", ".join(f"t6_{name}" for name in rows))
-    return found.frame()
-
-
-def _least(found: Findings, best: pd.DataFrame, source: str) -> None:
-    """Adds the least value, and the least of each end of the interval, over the data sets."""
-    columns = {"share_of_full": ("share_of_full", "share_lo", "share_hi"), "lead_over_popular": ("lead",),
-               "over_no_layers": ("over_no_layers", "over_no_layers_lo", "over_no_layers_hi")}  # fmt: skip
-    for name, parts in columns.items():
-        found.add(source, f"{name}_least", *best[list(parts)].min(), n=best["n_users"].min(),
-                  test=PAIRED if len(parts) > 1 else "", unit="least over data sets")  # fmt: skip

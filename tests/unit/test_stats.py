@@ -90,19 +90,6 @@ def test_interval_follows_its_seed():
     assert stats.interval(values, seed=1, draws=50) != stats.interval(values, seed=2, draws=50)
 
 
-def test_paired_ratio_is_of_the_same_draws():
-    a, b = np.random.default_rng(0).exponential(size=(2, 600))
-    rng = np.random.default_rng(3)
-    picks = rng.integers(600, size=(2000, 600))
-    expected = np.quantile(a[picks].mean(1) / b[picks].mean(1), [0.025, 0.975])
-    assert stats.paired_ratio_interval(a, b, seed=3) == pytest.approx(tuple(expected), rel=1e-12)
-    assert stats.paired_ratio_interval(2 * b, b) == pytest.approx((2, 2))  # equal in every draw
-
-
-def test_paired_ratio_leaves_out_draws_without_any_hit():
-    assert stats.paired_ratio_interval([0.0, 1.0], [0.0, 1.0]) == (1.0, 1.0)
-
-
 @pytest.mark.parametrize(("value", "higher", "expected"), [(0.5, True, 3 / 5), (0.1, True, 1), (0.1, False, 1 / 5)])
 def test_control_p_value_by_hand(value, higher, expected):
     assert stats.control_p_value(value, [0.2, 0.4, 0.5, 0.7], higher) == pytest.approx(expected)
