@@ -68,6 +68,7 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "models": _if_made(model_rows, read),
         "depths": _if_made(depth_rows, read),
         "differing": _if_made(differing_rows, read),
+        "across": across(read),
     }
 
 
@@ -171,3 +172,21 @@ def differing_rows(read: Read) -> list[dict]:
     table = read("t9_model_claims")
     rows = table[table["differs"]].drop(columns="differs").to_dict("records")
     return [{"name": row.pop("name"), "verdicts": row} for row in rows]
+
+
+def across(read: Read) -> dict[str, object]:
+    """What holds on all models: least and most perplexity ratios after distillation at the largest and smallest k,
+    and whether the layers chosen beat the recommended kind on each; empty where there is one model alone.
+    """
+    rows, models = _if_made(depth_rows, read), _if_made(model_rows, read)
+    if not models:
+        return {}
+    found: dict[str, object] = {"models": len(models)}
+    for end, pick in (("largest", max), ("smallest", min)):
+        at = [pick((row for row in rows if row["model"] == model["model"]), key=lambda row: row["k"])
+              for model in models]  # fmt: skip
+        repaired = [row["distilled"]["ppl_ratio"] for row in at]
+        found |= {f"least_{end}": min(repaired), f"most_{end}": max(repaired)}
+    found["closed_form_helps"] = all(row["closed_form"]["ppl_ratio"] < row["cut"]["ppl_ratio"] for row in rows)
+    found["chosen_wins"] = all(row["ppl_ratio_chosen"] < row["ppl_ratio_distributed"] for row in models)
+    return found

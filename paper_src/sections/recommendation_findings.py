@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from paper_src import InputError
 from paper_src.recommendation.gate import PASSES
+from paper_src.recommendation.ranking import metrics_of
 from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from paper_src.sections.recommendation import BARE, ORDER, TITLES, passing
@@ -18,6 +20,8 @@ from paper_src.sections.recommendation import BARE, ORDER, TITLES, passing
 DATA = ("movielens", "amazon")
 TWO_LEVELS = "paired bootstrap over users and trainings"
 UNIT = "NDCG@10 ratio, same users"
+LINES = {"most_popular": GREY, "item_knn": "black"}
+FEWEST = 30  # users that say something
 COMPACT = "recovered"  # the compact model that a verdict is about
 BODIES = {
     "full": (BLUE, "full"),
@@ -33,9 +37,12 @@ def t6_findings(read: Read) -> pd.DataFrame:
     """t6_findings: which designs can judge compaction, and what the compact model keeps in those that can."""
     found, gates = Findings(), read("t6_gate")
     passed = gates[gates["verdict"] == PASSES]
-    names = ", ".join(f"{row.design} on {row.dataset}" for row in passed.itertuples())
+    names = ", ".join(f"{row.design} on {row.dataset}" for row in passed.itertuples()) or "none"
     found.add("t6_gate", "designs_that_judge", len(passed), n=len(gates), unit="designs on data sets", text=names)
-    shares = []
+    titles, shares = read("t6_titles"), []
+    count = int(titles["candidates"].max())
+    found.add("t6_titles", "ndcg10_titles_by_chance", metrics_of(np.arange(count) + 1)["ndcg10"].mean(), n=count,
+              unit="NDCG@10 of a random order of candidates")  # fmt: skip
     for data in DATA:
         try:
             table = read(f"t6_{data}")
@@ -45,8 +52,8 @@ def t6_findings(read: Read) -> pd.DataFrame:
         for row in gates[gates["dataset"] == dataset].itertuples():
             found.add("t6_gate", f"gate_{row.design}_{data}", row.ratio, row.lo, row.hi, n=row.users, unit=UNIT,
                       test=TWO_LEVELS)  # fmt: skip
-        titles = read("t6_titles").query("dataset == @dataset").set_index(["model", "users"])
-        shares += _quality(found, table.set_index("method"), titles, data, passing(gates, dataset))
+        asked = titles.query("dataset == @dataset").set_index(["model", "users"])
+        shares += _quality(found, table.set_index("method"), asked, data, passing(gates, dataset))
     if shares:
         least = pd.DataFrame(shares)
         found.add("t6_titles", "share_of_full_least", *least[["value", "lo", "hi"]].min(), n=least["n"].min(),
@@ -61,9 +68,11 @@ def _quality(
     for name in ("most_popular", "item_knn", "sasrec"):
         found.add(f"t6_{data}", f"ndcg10_{name}_{data}", *ends(table.loc[name], "ndcg10"), unit="NDCG@10",
                   n=table.loc[name, "n_users"])  # fmt: skip
+    order = titles.loc[(ORDER, "all")]
+    found.add("t6_titles", f"named_{data}", *ends(order, "named"), n=order["n_users"], unit="share of test items")
     for name, key in {"full": "full", "no_layers": BARE, "order": ORDER, "compact": COMPACT}.items():
         for users, role in {"all": "", "unseen item": "_unseen"}.items():
-            if (key, users) in titles.index and titles.loc[(key, users), "n_users"]:
+            if (key, users) in titles.index and titles.loc[(key, users), "n_users"] >= FEWEST:
                 row = titles.loc[(key, users)]
                 found.add("t6_titles", f"ndcg10_titles_{name}{role}_{data}", *ends(row, "ndcg10"),
                           unit="NDCG@10 among candidates", n=row["n_users"])  # fmt: skip
@@ -104,10 +113,13 @@ def f6_recommendation(tables: Mapping[str, pd.DataFrame], titles: pd.DataFrame, 
             right.axvline(1, color="black", lw=0.8, ls="--")
             right.set(title="do the layers help?", xlabel="full model / no layers", ylim=(-0.6, len(own) - 0.4))
             right.set_yticks(range(len(own)), own["design"])
-        dots = [Line2D([], [], ls="", marker="o", color=colour, label=label) for colour, label in BODIES.values()]
+        there = {*titles["model"], *(body for table in tables.values() for body in table["body"])}
+        dots = [Line2D([], [], ls="", marker="o", color=colour, label=label)
+                for body, (colour, label) in BODIES.items() if body in there]  # fmt: skip
+        lines = [Line2D([], [], ls="--", color=colour, label=name.replace("_", " ")) for name, colour in LINES.items()]
         shapes = [Line2D([], [], ls="", marker=marker, color="black", label=label)
                   for label, marker in {"trained": "o", "titles": "D", "SASRec": "s"}.items()]  # fmt: skip
-        figure.legend(handles=dots + shapes, loc="outside lower center", ncols=5)
+        figure.legend(handles=[*dots, *shapes, *lines], loc="outside lower center", ncols=4)
     plt.close(figure)
     return figure
 
@@ -123,7 +135,7 @@ def _quality_by_speed(panel: Axes, table: pd.DataFrame, asked: pd.DataFrame, des
         values = row.ndcg10_catalogue, row.ndcg10_catalogue_lo, row.ndcg10_catalogue_hi
         colour, faint = BODIES[row.model][0], 1.0 if TITLES in designs else 0.25
         _point(panel, row.users_per_s, values, colour, "D", faint)
-    for method, colour in {"most_popular": GREY, "item_knn": "black"}.items():
+    for method, colour in LINES.items():
         panel.axhline(table.loc[table["method"] == method, "ndcg10"].item(), color=colour, lw=1, ls="--")
 
 

@@ -115,13 +115,21 @@ def test_the_summary_compares_models_where_there_are_several(other):
     change(other, "t1_findings", lambda frame: frame["name"].isin(["pattern_fisher", "pattern_grad_norm"]), value=1)
     names = ("t9_models", "t9_model_scores", "t9_model_depths", "t9_model_claims")
 
+    def made_of(runs):
+        return {name: getattr(general, name)(runs) for name in names}
+
     def text(runs, language):
-        made = {name: getattr(general, name)(runs) for name in names}
+        made = made_of(runs)
         return summary.summary(lambda name: made[name] if name in made else runs[0].read(name),
                                runs[0].read("t9_claims"), language)  # fmt: skip
 
     one, two = general.runs_of(ROOT / "tables", []), general.runs_of(ROOT / "tables", [other])
     assert "## 9" not in text(one, "en")
+    assert "Your model is another" not in text(one, "en")
+    depths = made_of(two)["t9_model_depths"].query("stage == 'distilled' and k == 8")["ppl_ratio"]
+    told = next(line for line in text(two, "en").splitlines() if "Your model is another" in line)
+    assert "on 2 models, three quarters" in told
+    assert f"a quarter {depths.min():.1f} to {depths.max():.1f}. On all of them a closed form helps" in told
     for language, verdict in (("en", "*not reproduced*"), ("zh-CN", "*未复现*")):
         found = text(two, language).split("## 9.")[1]
         assert "| other-model | 30 | 134,515,008 | `block_influence` 0.68 |" in found

@@ -214,12 +214,13 @@ def test_a_compact_model_is_judged_where_a_gate_passes():
            "share_of_full_lo": 0.8, "share_of_full_hi": 0.95}  # fmt: skip
     table = pd.DataFrame([{**row, "method": name} for name in ("most_popular", "item_knn", "sasrec")]
                          + [{**row, "method": "trained", "body": "recovered"}])  # fmt: skip
-    titles = pd.DataFrame(
-        [{**row, "model": name, "users": "all", "share_of_full": 0.5} for name in ("full", "recovered")]
-    )
-    made = {"t6_movielens": table, "t6_amazon": table, "t6_titles": pd.DataFrame(titles), "t6_gate": gates}
+    row |= {"users": "all", "share_of_full": 0.5, "candidates": 4, "named": 0.3}
+    titles = pd.DataFrame([{**row, "model": name} for name in ("full", "recovered", rows.ORDER)])
+    made = {"t6_movielens": table, "t6_amazon": table, "t6_titles": titles, "t6_gate": gates}
     found = t6_findings(made.__getitem__).set_index("name")
     assert found.loc["share_of_full_least", ["value", "lo", "hi", "n"]].tolist() == [0.9, 0.8, 0.95, 16]
     assert "share_of_full_titles_movielens" not in found.index
+    gains = [1, 1 / np.log2(3), 1 / 2, 1 / np.log2(5)]
+    assert found.loc["ndcg10_titles_by_chance", "value"] == pytest.approx(np.mean(gains))
     made["t6_gate"] = gates.assign(verdict="fails")
     assert "share_of_full_least" not in t6_findings(made.__getitem__)["name"].tolist()
