@@ -28,7 +28,8 @@ def test_no_claim_changed_its_verdict(table):
 def test_claims_rest_on_findings_that_exist(read):
     known = {folder: load(read, folder) for folder in ("", *LARGER)}
     for claim in claims.read_claims():
-        assert claim.uses() <= set(known[claim.place(known)]), claim.name
+        if claim.expected != claims.NOT_TESTABLE:  # what cannot be tested may have nothing to rest on
+            assert claim.uses() <= set(known[claim.place(known)]), claim.name
 
 
 def test_every_verdict_names_its_test_n_and_interval(table):
