@@ -2,15 +2,18 @@
 
 import importlib
 import inspect
+import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from paper_src.reporting import claims, summary
 from paper_src.reporting.findings import EARLIER, LARGER, SECTIONS, load
+from paper_src.sections import general
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +86,18 @@ def test_findings_are_those_of_the_tables(read, folder, section):
     made = findings_function(section)(lambda table: read(f"{folder}{table}"))
     words = {column: made[column].replace("", None) for column in ("text", "unit", "test")}
     pd.testing.assert_frame_equal(read(name), made.assign(**words), check_dtype=False)
+
+
+def test_the_models_that_are_compared_are_committed_and_from_clean_commits(read):
+    profile = yaml.safe_load((ROOT / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))
+    folders = [ROOT / "notebooks" / folder for folder in profile["09_summary"]["others"]]
+    runs = general.runs_of(ROOT / "tables", folders)
+    assert read("t9_models")["sha256"].tolist() == [run.sha256 for run in runs]
+    for run in runs[1:]:
+        records = [json.loads(path.read_text()) for path in sorted(run.tables.glob("0*.json"))]
+        assert [record["notebook"][:2] for record in records] == ["01", "02", "03", "04", "05", "07"]
+        assert not any(record["git"]["dirty"] for record in records)
+        assert {record["model"]["sha256"][:12] for record in records} == {run.sha256}
 
 
 @pytest.mark.parametrize("language", summary.FILES)
