@@ -118,7 +118,7 @@ def test_summary_is_short(read, table):
     text = (ROOT / "SUMMARY.md").read_text(encoding="utf-8")
     first = summary.parts(read, table)
     assert len(first["abstract"].split()) <= 120
-    assert len(first["advice"].splitlines()) == 5
+    assert len(first["advice"].splitlines()) == 6
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows = block.splitlines()[2:]
         assert 1 <= len(rows) <= summary.MOST_ROWS, block[:80]
