@@ -26,7 +26,14 @@ def interval(values: Sequence[float], statistic: Callable = np.mean, seed: int =
     values = np.asarray(values, dtype=float)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    return _bootstrap((values,), statistic, seed, draws)
+    method = "BCa" if len(values) <= MANY else "percentile"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of equal values and of 0 / 0
+        found = stats.bootstrap((values,), statistic, n_resamples=draws, method=method, rng=np.random.default_rng(seed))
+    low, high = found.confidence_interval
+    if math.isnan(low) or math.isnan(high):  # no BCa
+        low, high = np.nanquantile(found.bootstrap_distribution, BOUNDS)
+    return float(low), float(high)
 
 
 def median_interval(values: Sequence[float]) -> Interval:
@@ -41,22 +48,6 @@ def median_interval(values: Sequence[float]) -> Interval:
         return float(values.min()), float(values.max())
     found = stats.quantile_test(values, q=0, p=0.5).confidence_interval(0.95)
     return float(found.low), float(found.high)
-
-
-def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, seed: int, draws: int) -> Interval:
-    """BCa interval of one sample or of two that are drawn together; of percentiles where there is no BCa."""
-    how = {
-        "n_resamples": draws,
-        "paired": len(samples) > 1,
-        "method": "BCa" if len(samples[0]) <= MANY else "percentile",
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of equal values and of 0 / 0
-        found = stats.bootstrap(samples, statistic, **how, rng=np.random.default_rng(seed))
-    low, high = found.confidence_interval
-    if math.isnan(low) or math.isnan(high):
-        low, high = np.nanquantile(found.bootstrap_distribution, BOUNDS)
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A new recommender is a function with an entry of ``RECOMMENDERS``.
 import copy
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from paper_src.recommendation.interactions import Interactions, Sequences, leave
 
 NEIGHBOURS = (10, 30, 100, 300)  # of item-kNN
 WATCHED = 1000  # validation users; of a quarter as many, the best epoch was often not the best
+
+
+Fitted = tuple[ranking.Scorer, dict[str, object]]  # scores, and columns of the row
 
 
 @dataclass
@@ -55,9 +59,17 @@ class Trial:
         return other
 
     @functools.cached_property
-    def knn(self) -> ranking.Scorer:
-        """Item-kNN of all users, tuned on validation users."""
-        return fit_item_knn(self, self.users["all"])[0]
+    def knn(self) -> Fitted:
+        """Item-kNN of all users: the weighting and number of neighbours that are best on validation users."""
+        users, start, found = self.users["all"], time.perf_counter(), {}
+        for settings in itertools.product(ranking.WEIGHTINGS, NEIGHBOURS):
+            scorer = ranking.item_knn(users, self.items, *settings)
+            values = ranking.metrics_of(ranking.target_ranks(scorer, *self.validation))["ndcg10"]
+            found[settings] = values.mean(), scorer
+        weighting, neighbours = best = max(found, key=lambda settings: found[settings][0])
+        quality, scorer = found[best]
+        columns = {"weighting": weighting, "neighbours": neighbours, "valid_ndcg10": quality}
+        return scorer, columns | {"seconds": time.perf_counter() - start}
 
 
 class ItemTexts(NamedTuple):
@@ -68,24 +80,12 @@ class ItemTexts(NamedTuple):
     seconds: float
 
 
-Fitted = tuple[ranking.Scorer, dict[str, float]]  # scores, and columns of the row
-
-
 def fit_most_popular(trial: Trial, users: Sequences, *ignored) -> Fitted:
     return ranking.most_popular(users, trial.items), {}
 
 
-def fit_item_knn(trial: Trial, users: Sequences, *ignored) -> Fitted:
-    """The weighting and number of neighbours that are best on validation users."""
-
-    def quality(settings: tuple[str, int]) -> float:
-        scorer = ranking.item_knn(users, trial.items, *settings)
-        return ranking.metrics_of(ranking.target_ranks(scorer, *trial.validation))["ndcg10"].mean()
-
-    found = {settings: quality(settings) for settings in itertools.product(ranking.WEIGHTINGS, NEIGHBOURS)}
-    weighting, neighbours = best = max(found, key=found.get)
-    columns = {"weighting": weighting, "neighbours": neighbours, "valid_ndcg10": found[best]}
-    return ranking.item_knn(users, trial.items, *best), columns
+def fit_item_knn(trial: Trial, *ignored) -> Fitted:
+    return trial.knn
 
 
 def fit_frozen(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
@@ -123,9 +123,7 @@ def _fit(body: nn.Module, vectors: Tensor, users: Sequences, trial: Trial, train
 class Recommender:
     """An entry of ``RECOMMENDERS``."""
 
-    title: str  # in figures
     kind: str  # reference, language model, or control of trained language models
-    source: str  # paper or library
     fit: Callable[[Trial, Sequences, ItemTexts | None, Path], Fitted]
     texts: bool = False  # whether a language model reads the items' texts
     trained: bool = False  # whether a network is trained on sequences; it is timed
@@ -133,12 +131,10 @@ class Recommender:
 
 
 RECOMMENDERS = {
-    "most_popular": Recommender("most popular", "reference", "counts", fit_most_popular),
-    "item_knn": Recommender("item-kNN", "reference", "implicit's CosineRecommender", fit_item_knn),
-    "sasrec": Recommender("SASRec", "reference", "arXiv:1808.09781", fit_sasrec, trained=True, layers=True),
-    "frozen": Recommender("frozen", "language model", "ours", fit_frozen, texts=True),
-    "trained": Recommender(
-        "trained", "language model", "arXiv:2405.17890", fit_layers, texts=True, trained=True, layers=True
-    ),
-    "no_layers": Recommender("no layers", "control", "ours", fit_no_layers, texts=True, trained=True),
+    "most_popular": Recommender("reference", fit_most_popular),
+    "item_knn": Recommender("reference", fit_item_knn),  # implicit's
+    "sasrec": Recommender("reference", fit_sasrec, trained=True, layers=True),  # arXiv:1808.09781
+    "frozen": Recommender("language model", fit_frozen, texts=True),
+    "trained": Recommender("language model", fit_layers, texts=True, trained=True, layers=True),  # arXiv:2405.17890
+    "no_layers": Recommender("control", fit_no_layers, texts=True, trained=True),
 }

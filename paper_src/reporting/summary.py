@@ -1,6 +1,6 @@
 """SUMMARY.md in two languages: prose from findings, verdicts from t9_claims, and a few rows of the tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -44,6 +44,7 @@ def parts(read: Read, claims: pd.DataFrame, language: str = "en") -> dict[str, s
 def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]:
     """What the templates print."""
     own, larger = load(read), load(read, "long/")
+    models, depths = _if_made(model_rows, read), _if_made(depth_rows, read)
     suffix = "" if language == "en" else "_zh"
     rows = [{**row, **{name: row[f"{name}{suffix}"] for name in ("reported", "finding", "rule", "decides")}}
             for row in claims.fillna("").to_dict("records")]  # fmt: skip
@@ -65,10 +66,10 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "controls": _if_made(lambda read: read("t8_controls").to_dict("records"), read),
         "larger_recovery": _if_made(recovery_rows, lambda name: read(f"long/{name}")),
         "gpu_recovery": _if_made(gpu_rows, read),
-        "models": _if_made(model_rows, read),
-        "depths": _if_made(depth_rows, read),
+        "models": models,
+        "depths": depths,
         "differing": _if_made(differing_rows, read),
-        "across": across(read),
+        "across": across(models, depths),
     }
 
 
@@ -174,11 +175,10 @@ def differing_rows(read: Read) -> list[dict]:
     return [{"name": row.pop("name"), "verdicts": row} for row in rows]
 
 
-def across(read: Read) -> dict[str, object]:
+def across(models: Sequence[dict], rows: Sequence[dict]) -> dict[str, object]:
     """What holds on all models: least and most perplexity ratios after distillation at the largest and smallest k,
     and whether the layers chosen beat the recommended kind on each; empty where there is one model alone.
     """
-    rows, models = _if_made(depth_rows, read), _if_made(model_rows, read)
     if not models:
         return {}
     found: dict[str, object] = {"models": len(models)}

@@ -1,5 +1,6 @@
 """Rows of section 6: which designs can judge compaction, and does the compact model still recommend in those?"""
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from paper_src.baselines.control import random_layers, without_layers
 from paper_src.baselines.depth import repaired
 from paper_src.compaction import compact
 from paper_src.recommendation import ranking
-from paper_src.recommendation.gate import gate, two_level_ratio_interval
+from paper_src.recommendation.gate import PASSES, gate, two_level_ratio_interval
 from paper_src.recommendation.likelihood import TitleModel, candidates_of, ranks_within
 from paper_src.recommendation.recommenders import RECOMMENDERS, ItemTexts, Trial
 
@@ -130,11 +131,11 @@ def ratio(name: str, own: np.ndarray, other: np.ndarray | None, seed: int) -> di
     return {name: np.nan if other is None else own.mean() / other.mean(), f"{name}_lo": low, f"{name}_hi": high}
 
 
-def _told(values: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+def _told(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Means of (S, U) values with their intervals over trainings and users; NaN without users."""
     columns = {}
     for name, column in values.items():
-        columns |= ratio(name, column, np.ones_like(column) if column.size else None, seed)
+        columns |= ratio(name, column, np.ones_like(column) if column.size else None, seed=0)
     return columns
 
 
@@ -157,12 +158,12 @@ class Asked:
 
     def __init__(self, trial: Trial, users: int, count: int, length: int):
         self.trial, self.length, seed = trial, length, trial.training.seed
-        everyone = len(trial.test[1])
+        everyone, (knn, _) = len(trial.test[1]), trial.knn
         drawn = np.sort(np.random.default_rng(seed).choice(everyone, min(users, everyone), replace=False))
         self.histories, self.targets = [trial.test[0][user] for user in drawn], trial.test[1][drawn]
         self.unseen = trial.unseen[drawn]
-        self.candidates = candidates_of(trial.knn, self.histories, self.targets, count)
-        self.named = ranking.target_ranks(trial.knn, self.histories, self.targets) <= count
+        self.candidates = candidates_of(knn, self.histories, self.targets, count)
+        self.named = ranking.target_ranks(knn, self.histories, self.targets) <= count
         places = np.argmax(self.candidates == self.targets[:, None], axis=1) + 1
         self.ranks, self.speed = {ORDER: places}, {ORDER: np.nan}
 
@@ -181,11 +182,8 @@ class Asked:
 
         Within the candidates; ``ndcg10_catalogue`` counts as missed what item-kNN did not name itself.
         """
-        rows = []
-        for (name, ranks), (users, chosen) in (
-            (row, part) for row in self.ranks.items() for part in
-            {"all": np.ones_like(self.unseen), "unseen item": self.unseen}.items()
-        ):  # fmt: skip
+        rows, parts = [], {"all": np.ones_like(self.unseen), "unseen item": self.unseen}
+        for (name, ranks), (users, chosen) in itertools.product(self.ranks.items(), parts.items()):
             values = {metric: found[None, chosen] for metric, found in ranking.metrics_of(ranks).items()}
             anywhere = ranking.metrics_of(np.where(self.named, ranks, self.trial.items))["ndcg10"][None, chosen]
             row = {"dataset": self.trial.data.name, "model": name, "users": users, "n_users": int(chosen.sum()),
@@ -214,7 +212,7 @@ def t6_gate(contests: Iterable[Contest], asked: Iterable[Asked]) -> pd.DataFrame
 
 def passing(gates: pd.DataFrame, dataset: str) -> list[str]:
     """The designs that can judge compaction on a data set."""
-    return gates.loc[(gates["dataset"] == dataset) & (gates["verdict"] == "passes"), "design"].tolist()
+    return gates.loc[(gates["dataset"] == dataset) & (gates["verdict"] == PASSES), "design"].tolist()
 
 
 def t6_recommenders(contest: Contest, speeds: pd.DataFrame) -> pd.DataFrame:
