@@ -1,10 +1,10 @@
-"""Ask the language model itself: how likely it finds a title behind the titles that a user took, in their order.
+"""Ask the language model itself: how much likelier it finds a title behind the titles that a user took, in their order.
 
-Nothing is trained and no item has an identity: the model reads and writes titles. It reorders candidates that another
-recommender names, as it would a catalogue if that were short.
+Nothing is trained and no item has an identity: the model reads and writes titles. What a title gains by the history is
+pointwise mutual information (arXiv:2104.08315); its likelihood alone says most of all how common its words are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,25 +15,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paper_src import InputError
 from paper_src.data import beginning
 from paper_src.recommendation.interactions import Sequences
-from paper_src.recommendation.ranking import Scorer
 from paper_src.support.caches import cache_name
 
 OPENING, BULLET = "One person's choices, in order:", "\n-"  # a title is a line, so that it ends with the next bullet
 SAME = 0.05  # nats per token: with a cache and without, likelihoods differ by rounding alone
 
 
-def candidates_of(scorer: Scorer, histories: Sequences, targets: np.ndarray, count: int = 100) -> np.ndarray:
-    """(U, count) items that ``scorer`` puts first of those a user has not had, best first.
+def candidates_alike(
+    counts: np.ndarray, histories: Sequences, targets: np.ndarray, count: int = 20, seed: int = 0
+) -> np.ndarray:
+    """(U, count) items a user has not had: the target first, the others drawn by how often each was taken.
 
-    Where the target is not among them it takes the last place: a ranking of candidates needs the true item.
+    So the target is no less popular than the others, and a ranking has to know the user. Beside uniformly drawn ones,
+    the popular would win.
+
+    Args:
+        counts: (I,) how often each item was taken in training.
+
+    Raises:
+        InputError: a user has had so many items that too few are left.
     """
-    rows = []
-    for history, target in zip(histories, targets, strict=True):
-        scores = scorer([history])[0].float()
-        scores[torch.as_tensor(history)] = -torch.inf
-        best = scores.argsort(descending=True, stable=True)[:count].numpy()
-        rows.append(best if target in best else np.append(best[:-1], target))
-    return np.stack(rows)
+    rng, rows = np.random.default_rng(seed), []
+    for user, (history, target) in enumerate(zip(histories, targets, strict=True)):
+        weights = counts.astype(float)
+        weights[[*history, target]] = 0
+        if (weights > 0).sum() < count - 1:
+            raise InputError(f"{count} candidates, but {(weights > 0).sum() + 1} items are left to user {user}")
+        rows.append([target, *rng.choice(len(counts), count - 1, replace=False, p=weights / weights.sum())])
+    return np.array(rows)
 
 
 class TitleModel:
@@ -64,6 +73,19 @@ class TitleModel:
         self.opening = [*beginning(tokenizer), *ids(OPENING)]
         self.titles = [ids(f" {title}")[:longest] for title in titles]
         self.caches: bool | None = None  # whether the prompt is read once a user; not known before the first
+        self.alone: dict[int, float] = {}  # item -> score behind no title at all
+
+    def gains(self, history: Sequence[int], candidates: Sequence[int]) -> Tensor:
+        """(C,) by how much a history makes each candidate's title likelier, nats per token."""
+        self.read_alone(candidates)
+        return self.scores(history, candidates) - torch.tensor([self.alone[int(item)] for item in candidates])
+
+    def read_alone(self, items: Iterable[int], batch_size: int = 32) -> None:
+        """Score the titles of ``items`` behind the opening, those that are not known yet."""
+        new = sorted({int(item) for item in items} - self.alone.keys())
+        for low in range(0, len(new), batch_size):
+            batch = new[low : low + batch_size]
+            self.alone |= zip(batch, self.scores([], batch).tolist(), strict=True)
 
     @torch.no_grad()
     def scores(self, history: Sequence[int], candidates: Sequence[int]) -> Tensor:
@@ -110,17 +132,17 @@ class TitleModel:
 
 def ranks_within(
     scores: Callable[[Sequence[int], Sequence[int]], Tensor], histories: Sequences, candidates: np.ndarray,
-    targets: np.ndarray,
+    seed: int = 0,
 ) -> np.ndarray:  # fmt: skip
-    """(U,) rank of each user's target among the candidates, 1 is best; of equal scores (equal titles) the worst.
+    """(U,) rank of the first candidate of each user, 1 is best; equal scores (equal titles) stand in random order.
 
     Raises:
         InputError: a score that is NaN.
     """
-    found = np.empty(len(targets), dtype=np.int64)
-    for user, (history, row, target) in enumerate(zip(histories, candidates, targets, strict=True)):
+    rng, found = np.random.default_rng(seed), np.empty(len(candidates), dtype=np.int64)
+    for user, (history, row) in enumerate(zip(histories, candidates, strict=True)):
         values = scores(history, row)
         if values.isnan().any():
             raise InputError(f"scores of user {user} are NaN: load the model in another dtype")
-        found[user] = int((values >= values[torch.as_tensor(row == target)]).sum())
+        found[user] = int((values > values[0]).sum()) + rng.integers(1, int((values == values[0]).sum()) + 1)
     return found

@@ -50,7 +50,8 @@ class Trial:
         self.validation = [split.train[user] for user in watched], split.valid[watched]
         histories = split.history("test")
         self.test = [histories[user] for user in tested], split.test[tested]
-        self.unseen = ~np.isin(self.test[1], np.concatenate(split.train))  # (U,) whether nobody is known to have it
+        # (U,) whether no learner took the test item: what is trained on learners knows its text alone
+        self.unseen = ~np.isin(self.test[1], np.concatenate(self.users["sample"]))
 
     def seeded(self, seed: int) -> "Trial":
         """The same users with another seed of all trainings."""

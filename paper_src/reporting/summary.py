@@ -127,8 +127,8 @@ def gpu_rows(read: Read) -> list[dict]:
 
 
 def title_rows(read: Read) -> list[dict]:
-    """Rankings of candidates by title, of all users."""
-    return _if_made(lambda read: read("t6_titles").query("users == 'all'").to_dict("records"), read)
+    """Rankings of candidates by title."""
+    return _if_made(lambda read: read("t6_titles").to_dict("records"), read)
 
 
 def recommender_rows(read: Read) -> list[dict]:

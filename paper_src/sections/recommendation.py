@@ -1,12 +1,12 @@
 """Rows of section 6: which designs can judge compaction, and does the compact model still recommend in those?"""
 
-import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src import timing
@@ -15,7 +15,7 @@ from paper_src.baselines.depth import repaired
 from paper_src.compaction import compact
 from paper_src.recommendation import ranking
 from paper_src.recommendation.gate import PASSES, gate, two_level_ratio_interval
-from paper_src.recommendation.likelihood import TitleModel, candidates_of, ranks_within
+from paper_src.recommendation.likelihood import TitleModel, candidates_alike, ranks_within
 from paper_src.recommendation.recommenders import RECOMMENDERS, ItemTexts, Trial
 
 KEY = ["method", "body", "train_on"]  # names a row of one data set
@@ -27,7 +27,8 @@ DESIGNS = {  # design -> row of the full model, and of the same recipe without i
 }
 TITLES = "titles"  # the third design, which ranks candidates
 RATIOS = ("share_of_full", "over_no_layers")
-ORDER = "order of item-kNN"  # how candidates stood before a model ranked them
+KNN, POPULAR = "item_knn", "most_popular"  # rankings of candidates without a language model
+BAG = "mean_embedding"  # and by the mean of the titles' embeddings: text, but no layer
 
 
 def variants(full: PreTrainedModel, kept: Sequence[int], recovered: Path, seed: int) -> dict[str, PreTrainedModel]:
@@ -147,52 +148,57 @@ def _means(columns: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 
 class Asked:
-    """Test users whose candidates language models rank by how likely they find the titles.
+    """Test users whose candidates language models rank by how much likelier a history makes their titles.
 
     Args:
-        trial: its item-kNN names the candidates.
+        trial: users and items; candidates are drawn by how often its users took an item.
         users: so many of its test users, drawn at random; all if there are no more.
-        count: candidates of each user.
+        count: candidates of each user, the test item among them.
         length: last titles of a history that are read.
     """
 
     def __init__(self, trial: Trial, users: int, count: int, length: int):
-        self.trial, self.length, seed = trial, length, trial.training.seed
-        everyone, (knn, _) = len(trial.test[1]), trial.knn
-        drawn = np.sort(np.random.default_rng(seed).choice(everyone, min(users, everyone), replace=False))
-        self.histories, self.targets = [trial.test[0][user] for user in drawn], trial.test[1][drawn]
-        self.unseen = trial.unseen[drawn]
-        self.candidates = candidates_of(knn, self.histories, self.targets, count)
-        self.named = ranking.target_ranks(knn, self.histories, self.targets) <= count
-        places = np.argmax(self.candidates == self.targets[:, None], axis=1) + 1
-        self.ranks, self.speed = {ORDER: places}, {ORDER: np.nan}
+        self.trial, self.length, self.seed = trial, length, trial.training.seed
+        everyone = len(trial.test[1])
+        drawn = np.sort(np.random.default_rng(self.seed).choice(everyone, min(users, everyone), replace=False))
+        self.histories = [trial.test[0][user] for user in drawn]
+        counts = np.bincount(np.concatenate(trial.users["all"]), minlength=trial.items)
+        self.candidates = candidates_alike(counts, self.histories, trial.test[1][drawn], count, self.seed)
+        self.ranks: dict[str, np.ndarray] = {}
+        self.speed: dict[str, float] = {}
+        self.place(POPULAR, ranking.most_popular(trial.users["all"], trial.items))
+        self.place(KNN, trial.knn[0])
+
+    def place(self, name: str, scorer: ranking.Scorer) -> None:
+        """Let a recommender of the whole catalogue rank everybody's candidates."""
+        self.ranks[name] = self._ranks(lambda history, row: scorer([history])[0, torch.as_tensor(row)])
+        self.speed[name] = np.nan
+
+    def _ranks(self, scores: Callable) -> np.ndarray:
+        return ranks_within(scores, self.histories, self.candidates, self.seed)
 
     def enter(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Let ``model`` rank everybody's candidates."""
-        titles, start = TitleModel(model, tokenizer, self.trial.data.texts, self.length), time.perf_counter()
-        self.ranks[name] = ranks_within(titles.scores, self.histories, self.candidates, self.targets)
-        self.speed[name] = len(self.targets) / (time.perf_counter() - start)
+        """Let ``model`` rank everybody's candidates; titles alone are read before, as once for a catalogue."""
+        titles = TitleModel(model, tokenizer, self.trial.data.texts, self.length)
+        titles.read_alone(self.candidates.flat)
+        start = time.perf_counter()
+        self.ranks[name] = self._ranks(titles.gains)
+        self.speed[name] = len(self.candidates) / (time.perf_counter() - start)
 
     def ndcg10(self, name: str) -> np.ndarray:
         """(1, U) of each user within the candidates."""
         return ranking.metrics_of(self.ranks[name])["ndcg10"][None]
 
     def table(self) -> pd.DataFrame:
-        """Rows of t6_titles: each ranking for all users, and for those whose test item nobody was seen to take.
-
-        Within the candidates; ``ndcg10_catalogue`` counts as missed what item-kNN did not name itself.
-        """
-        rows, parts = [], {"all": np.ones_like(self.unseen), "unseen item": self.unseen}
-        for (name, ranks), (users, chosen) in itertools.product(self.ranks.items(), parts.items()):
-            values = {metric: found[None, chosen] for metric, found in ranking.metrics_of(ranks).items()}
-            anywhere = ranking.metrics_of(np.where(self.named, ranks, self.trial.items))["ndcg10"][None, chosen]
-            row = {"dataset": self.trial.data.name, "model": name, "users": users, "n_users": int(chosen.sum()),
-                   "candidates": self.candidates.shape[1], "users_per_s": self.speed[name]}  # fmt: skip
-            row |= _told(values | {"ndcg10_catalogue": anywhere, "named": self.named[None, chosen].astype(float)})
-            bases = dict(zip((*RATIOS, "over_order"), ("full", BARE, ORDER), strict=True))
-            for column, base in bases.items():
-                other = self.ndcg10(base)[:, chosen] if base in self.ranks and base != name and chosen.any() else None
-                row |= ratio(column, values["ndcg10"], other, self.trial.training.seed)
+        """Rows of t6_titles: each ranking, within the candidates."""
+        rows = []
+        for name, ranks in self.ranks.items():
+            values = {metric: found[None] for metric, found in ranking.metrics_of(ranks).items()}
+            row = {"dataset": self.trial.data.name, "model": name, "n_users": len(ranks),
+                   "candidates": self.candidates.shape[1], "users_per_s": self.speed[name]} | _told(values)  # fmt: skip
+            for column, base in zip((*RATIOS, "over_knn"), ("full", BARE, KNN), strict=True):
+                other = self.ndcg10(base) if base in self.ranks and base != name else None
+                row |= ratio(column, values["ndcg10"], other, self.seed)
             rows.append(row)
         return pd.DataFrame(rows)
 

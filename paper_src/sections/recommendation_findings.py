@@ -1,6 +1,7 @@
 """Section 6's findings, and its figure."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -15,13 +16,12 @@ from paper_src.recommendation.gate import PASSES
 from paper_src.recommendation.ranking import metrics_of
 from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
-from paper_src.sections.recommendation import BARE, ORDER, TITLES, passing
+from paper_src.sections.recommendation import BAG, BARE, KNN, POPULAR, TITLES, passing
 
 DATA = ("movielens", "amazon")
 TWO_LEVELS = "paired bootstrap over users and trainings"
 UNIT = "NDCG@10 ratio, same users"
-LINES = {"most_popular": GREY, "item_knn": "black"}
-FEWEST = 30  # users that say something
+LINES = {POPULAR: GREY, KNN: "black", BAG: SKY}
 COMPACT = "recovered"  # the compact model that a verdict is about
 BODIES = {
     "full": (BLUE, "full"),
@@ -52,7 +52,7 @@ def t6_findings(read: Read) -> pd.DataFrame:
         for row in gates[gates["dataset"] == dataset].itertuples():
             found.add("t6_gate", f"gate_{row.design}_{data}", row.ratio, row.lo, row.hi, n=row.users, unit=UNIT,
                       test=TWO_LEVELS)  # fmt: skip
-        asked = titles.query("dataset == @dataset").set_index(["model", "users"])
+        asked = titles.query("dataset == @dataset").set_index("model")
         shares += _quality(found, table.set_index("method"), asked, data, passing(gates, dataset))
     if shares:
         least = pd.DataFrame(shares)
@@ -68,17 +68,19 @@ def _quality(
     for name in ("most_popular", "item_knn", "sasrec"):
         found.add(f"t6_{data}", f"ndcg10_{name}_{data}", *ends(table.loc[name], "ndcg10"), unit="NDCG@10",
                   n=table.loc[name, "n_users"])  # fmt: skip
-    order = titles.loc[(ORDER, "all")]
-    found.add("t6_titles", f"named_{data}", *ends(order, "named"), n=order["n_users"], unit="share of test items")
-    for name, key in {"full": "full", "no_layers": BARE, "order": ORDER, "compact": COMPACT}.items():
-        for users, role in {"all": "", "unseen item": "_unseen"}.items():
-            if (key, users) in titles.index and titles.loc[(key, users), "n_users"] >= FEWEST:
-                row = titles.loc[(key, users)]
-                found.add("t6_titles", f"ndcg10_titles_{name}{role}_{data}", *ends(row, "ndcg10"),
-                          unit="NDCG@10 among candidates", n=row["n_users"])  # fmt: skip
+    for role, key in {"full": "full", "no_layers": BARE, "knn": KNN, "popular": POPULAR, "bag": BAG,
+                      "compact": COMPACT}.items():  # fmt: skip
+        if key in titles.index:
+            found.add("t6_titles", f"ndcg10_titles_{role}_{data}", *ends(titles.loc[key], "ndcg10"),
+                      unit="NDCG@10 among candidates", n=titles.loc[key, "n_users"])  # fmt: skip
+    if table["n_unseen"].max() and "trained" in table.index:
+        rows = table.loc[["trained"]]
+        full = rows[rows["body"] == "full"].iloc[0]
+        found.add(f"t6_{data}", f"ndcg10_unseen_{data}", *ends(full, "ndcg10_unseen"), n=full["n_unseen"],
+                  unit="NDCG@10, items that no learner took")  # fmt: skip
     shares = []
     for design in designs:
-        rows = titles.xs("all", level="users") if design == TITLES else table.loc[[design]].set_index("body")
+        rows = titles if design == TITLES else table.loc[[design]].set_index("body")
         if COMPACT in rows.index:
             value, low, high = ends(rows.loc[COMPACT], "share_of_full")
             n = int(rows.loc[COMPACT, "n_users"])
@@ -89,56 +91,68 @@ def _quality(
 
 
 def f6_recommendation(tables: Mapping[str, pd.DataFrame], titles: pd.DataFrame, gates: pd.DataFrame) -> Figure:
-    """Left: NDCG@10 over the whole catalogue against users a second; dashed: rankings that need no network. Right: the
-    full model over the same recipe without layers; where the interval is above 1 a design can judge compaction, and
-    only those are in full colour. Bars: 95% bootstrap over users and trainings; n users in the titles.
+    """Left: NDCG@10 over the whole catalogue. Middle: among the candidates of *titles*. Right: the full model over the
+    same recipe without layers; where the interval is above 1 a design can judge compaction, and only those are in full
+    colour. Dashed: rankings without a network; dotted: a random order. Bars: 95% bootstrap over users and trainings.
 
     Args:
         tables: data set -> t6_movielens, t6_amazon, as many as there are.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(len(tables), 2, figsize=(8.4, 3.1 * len(tables)), squeeze=False,
-                                    width_ratios=(3, 2))  # fmt: skip
-        for (left, right), (dataset, table) in zip(axes, tables.items(), strict=True):
-            own = gates[gates["dataset"] == dataset]
-            asked = titles[(titles["dataset"] == dataset) & (titles["users"] == "all")]
-            _quality_by_speed(left, table, asked, passing(gates, dataset))
-            left.set(title=f"{dataset}: {table['n_users'].iloc[0]:,} users, titles {asked['n_users'].iloc[0]:,}",
-                     xlabel="users per second", ylabel="NDCG@10, whole catalogue", xscale="log")  # fmt: skip
-            left.margins(x=0.1)
-            for place, row in enumerate(own.itertuples()):
-                colour = BLUE if row.verdict == PASSES else GREY
-                right.errorbar(row.ratio, place, xerr=[[row.ratio - row.lo], [row.hi - row.ratio]], fmt="o", ms=5,
-                               color=colour)  # fmt: skip
-            right.axvline(1, color="black", lw=0.8, ls="--")
-            right.set(title="do the layers help?", xlabel="full model / no layers", ylim=(-0.6, len(own) - 0.4))
-            right.set_yticks(range(len(own)), own["design"])
+        figure, axes = plt.subplots(len(tables), 3, figsize=(9.6, 3.1 * len(tables)), squeeze=False,
+                                    width_ratios=(3, 3, 2))  # fmt: skip
+        for (left, middle, right), (dataset, table) in zip(axes, tables.items(), strict=True):
+            own, asked = (frame[frame["dataset"] == dataset] for frame in (gates, titles))
+            judges, count = passing(gates, dataset), int(asked["candidates"].max())
+            _catalogue(left, table, judges)
+            left.set(title=f"{dataset}: {table['n_users'].iloc[0]:,} users", ylabel="NDCG@10, whole catalogue")
+            _candidates(middle, asked, judges)
+            middle.axhline(metrics_of(np.arange(count) + 1)["ndcg10"].mean(), color="black", lw=0.8, ls=":")
+            middle.set(title=f"titles: {asked['n_users'].iloc[0]:,} users", ylabel=f"NDCG@10 of {count} candidates")
+            for panel in (left, middle):
+                panel.set(xlabel="users per second", xscale="log")
+                panel.margins(x=0.1)
+            _gates(right, own)
         there = {*titles["model"], *(body for table in tables.values() for body in table["body"])}
         dots = [Line2D([], [], ls="", marker="o", color=colour, label=label)
                 for body, (colour, label) in BODIES.items() if body in there]  # fmt: skip
         lines = [Line2D([], [], ls="--", color=colour, label=name.replace("_", " ")) for name, colour in LINES.items()]
-        shapes = [Line2D([], [], ls="", marker=marker, color="black", label=label)
-                  for label, marker in {"trained": "o", "titles": "D", "SASRec": "s"}.items()]  # fmt: skip
-        figure.legend(handles=[*dots, *shapes, *lines], loc="outside lower center", ncols=4)
+        lines.append(Line2D([], [], ls=":", color="black", label="random order"))
+        lines.append(Line2D([], [], ls="", marker="s", color=GREY, label="SASRec"))
+        figure.legend(handles=[*dots, *lines], loc="outside lower center", ncols=5)
     plt.close(figure)
     return figure
 
 
-def _quality_by_speed(panel: Axes, table: pd.DataFrame, asked: pd.DataFrame, designs: Sequence[str]) -> None:
-    """Networks as points, what needs none as lines; faint where the design cannot judge."""
+def _catalogue(panel: Axes, table: pd.DataFrame, designs: Sequence[str]) -> None:
     for row in table[table["users_per_s"].notna()].itertuples():
         colour, _ = BODIES.get(BARE if row.method == "no_layers" else row.body, (GREY, ""))
-        faint = 1.0 if row.method in ("sasrec", *designs) else 0.25
-        marker = "s" if row.method == "sasrec" else "o"
-        _point(panel, row.users_per_s, (row.ndcg10, row.ndcg10_lo, row.ndcg10_hi), colour, marker, faint)
+        marker, faint = ("s", False) if row.method == "sasrec" else ("o", row.method not in designs)
+        _point(panel, row, colour, marker, faint)
+    _lines(panel, table.set_index("method")["ndcg10"])
+
+
+def _candidates(panel: Axes, asked: pd.DataFrame, designs: Sequence[str]) -> None:
     for row in asked[asked["users_per_s"].notna()].itertuples():
-        values = row.ndcg10_catalogue, row.ndcg10_catalogue_lo, row.ndcg10_catalogue_hi
-        colour, faint = BODIES[row.model][0], 1.0 if TITLES in designs else 0.25
-        _point(panel, row.users_per_s, values, colour, "D", faint)
-    for method, colour in LINES.items():
-        panel.axhline(table.loc[table["method"] == method, "ndcg10"].item(), color=colour, lw=1, ls="--")
+        _point(panel, row, BODIES[row.model][0], "o", TITLES not in designs)
+    _lines(panel, asked.set_index("model")["ndcg10"])
 
 
-def _point(panel: Axes, x: float, values: tuple[float, float, float], colour: str, marker: str, alpha: float) -> None:
-    value, low, high = values
-    panel.errorbar(x, value, [[value - low], [high - value]], fmt=marker, ms=5, color=colour, alpha=alpha)
+def _lines(panel: Axes, quality: pd.Series) -> None:
+    for name in LINES.keys() & quality.index:
+        panel.axhline(quality[name], color=LINES[name], lw=1, ls="--")
+
+
+def _gates(panel: Axes, gates: pd.DataFrame) -> None:
+    for place, row in enumerate(gates.itertuples()):
+        colour = BLUE if row.verdict == PASSES else GREY
+        panel.errorbar(row.ratio, place, xerr=[[row.ratio - row.lo], [row.hi - row.ratio]], fmt="o", ms=5, color=colour)
+    panel.axvline(1, color="black", lw=0.8, ls="--")
+    panel.set(title="do the layers help?", xlabel="full model / no layers", ylim=(-0.6, len(gates) - 0.4))
+    panel.set_yticks(range(len(gates)), gates["design"])
+
+
+def _point(panel: Axes, row: NamedTuple, colour: str, marker: str, faint: bool) -> None:
+    """NDCG@10 of a row with its interval over users a second."""
+    panel.errorbar(row.users_per_s, row.ndcg10, [[row.ndcg10 - row.ndcg10_lo], [row.ndcg10_hi - row.ndcg10]],
+                   fmt=marker, ms=5, color=colour, alpha=0.25 if faint else 1.0)  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 from conftest import CAUSAL, build_model
 from transformers import AutoTokenizer
 
-from paper_src.recommendation.likelihood import BULLET, OPENING, TitleModel, candidates_of, ranks_within
+from paper_src.baselines.control import without_layers
+from paper_src.recommendation.likelihood import BULLET, OPENING, TitleModel, candidates_alike, ranks_within
 
 ITEMS = ["Alien", "Heat 2", "Up", "The  long\ngoodbye", "Up"]
 
@@ -81,22 +82,58 @@ def test_an_empty_title_is_refused(tokenizer, refused):
         TitleModel(build_model("llama"), tokenizer, ["Alien", " \n "])
 
 
-def test_candidates_are_the_best_that_a_user_has_not_had():
-    def scorer(histories):
-        return torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]).repeat(len(histories), 1)
+@torch.no_grad()
+def test_gains_are_by_hand_and_none_without_layers(tokenizer):
+    model = titles(tokenizer)
+    found = model.gains([0, 1], [2, 3])
+    expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) - by_hand(model.model, tokenizer, [], title)
+                for title in ("Up", "The long goodbye")]  # fmt: skip
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert found.abs().max() > 1e-3
+    bare = TitleModel(without_layers(model.model), tokenizer, ITEMS)
+    assert bare.gains([0, 1], [2, 3]).abs().max() < 1e-5  # without layers no token sees another
 
-    found = candidates_of(scorer, [np.array([0]), np.array([1, 2])], np.array([2, 4]), count=2)
-    assert found.tolist() == [[1, 2], [0, 4]]  # item 4 is not among the best two of the second user
+
+def test_titles_alone_are_read_once(tokenizer, monkeypatch):
+    model = titles(tokenizer)
+    model.read_alone([2, 3, 2, 1], batch_size=2)
+    assert sorted(model.alone) == [1, 2, 3]
+    expected = model.scores([0], [1, 3]) - torch.tensor([model.alone[1], model.alone[3]])
+    scores, asked = model.scores, []
+    monkeypatch.setattr(model, "scores", lambda history, items: asked.append(history) or scores(history, items))
+    assert model.gains([0], [1, 3]).tolist() == expected.tolist()
+    assert asked == [[0]]
+
+
+def test_candidates_are_drawn_as_they_are_taken():
+    counts, users = np.array([0, 30, 10, 10, 50, 0]), 4000
+    found = candidates_alike(counts, [np.array([4])] * users, np.full(users, 5), count=2, seed=1)
+    assert (found[:, 0] == 5).all()  # the target, which nobody took in training
+    drawn = np.bincount(found[:, 1], minlength=6) / users
+    assert drawn == pytest.approx([0, 0.6, 0.2, 0.2, 0, 0], abs=0.03)  # never what a user has had
+    rows = candidates_alike(counts, [np.array([4])] * 9, np.full(9, 1), count=3)
+    assert all(len(set(row)) == 3 for row in rows.tolist())
+    assert np.array_equal(rows, candidates_alike(counts, [np.array([4])] * 9, np.full(9, 1), count=3))
+
+
+def test_more_candidates_than_items_are_refused(refused):
+    with refused("5 candidates, but 4 items are left to user 0"):
+        candidates_alike(np.array([1, 1, 1, 1, 1, 0]), [np.array([0])], np.array([5]) - 1, count=5)
 
 
 def test_ranks_by_hand():
     def scores(history, candidates):
         return torch.tensor([float(len(ITEMS[item])) for item in candidates])
 
-    candidates = np.array([[0, 1, 2], [2, 3, 4]])
-    assert ranks_within(scores, [np.array([3])] * 2, candidates, np.array([0, 2])).tolist() == [2, 3]  # equal titles
+    candidates = np.array([[0, 1, 2], [2, 3, 0], [3, 2, 1]])
+    assert ranks_within(scores, [np.array([3])] * 3, candidates).tolist() == [2, 3, 1]
+
+
+def test_equal_scores_stand_in_random_order():
+    found = ranks_within(lambda history, row: torch.zeros(4), [[0]] * 2000, np.tile(np.arange(4), (2000, 1)))
+    assert np.bincount(found, minlength=5)[1:] / 2000 == pytest.approx([0.25] * 4, abs=0.04)
 
 
 def test_a_score_that_is_nan_is_refused(refused):
     with refused("scores of user 0 are NaN"):
-        ranks_within(lambda history, row: torch.tensor([1.0, torch.nan]), [[1]], np.array([[2, 3]]), np.array([2]))
+        ranks_within(lambda history, row: torch.tensor([1.0, torch.nan]), [[1]], np.array([[2, 3]]))

@@ -73,12 +73,15 @@ def test_a_seed_changes_the_trainings_and_no_user():
     assert all(np.array_equal(*pair) for pair in zip(one.users["sample"], other.users["sample"], strict=True))
 
 
-def test_an_item_is_unseen_where_nobody_is_known_to_have_taken_it():
+def test_an_item_is_unseen_where_no_learner_took_it():
     walks = [np.array([0, 1, 2, 3]), np.array([1, 0, 3, 2]), np.array([0, 1, 3, 4])]  # training: the first two of each
     data = Interactions("few", walks, list("abcde"), {})
     found = Trial(data, learners=3, judged=3, training=TRAINING, scratch=SCRATCH, width=2)
     assert dict(zip(found.test[1].tolist(), found.unseen.tolist(), strict=True)) == {3: True, 2: True, 4: True}
     assert not trial().unseen.any()
+    few = replace(trial(), learners=1)
+    assert few.unseen.tolist() == [item not in few.users["sample"][0] for item in few.test[1]]
+    assert 0 < few.unseen.sum() < len(few.unseen)
 
 
 def test_item_knn_is_tuned_on_validation_users():
@@ -183,13 +186,16 @@ def assert_judged(contest, table, models, tokenizer):
     assert gates["design"].tolist() == ["trained", "frozen", "titles"]
     assert gates["trainings"].tolist() == [2, 1, 1]
     assert gates.loc[0, "verdict"] == "too few trainings"
-    everyone = titles[titles["users"] == "all"].set_index("model")
-    assert everyone.index.tolist() == [rows.ORDER, "full", rows.BARE, "compact"]
+    everyone = titles.set_index("model")
+    assert everyone.index.tolist() == ["most_popular", "item_knn", "full", rows.BARE, "compact"]
     assert (everyone["n_users"] == 8).all()
     assert everyone.loc["compact", "share_of_full"] == pytest.approx(
         everyone.loc["compact", "ndcg10"] / everyone.loc["full", "ndcg10"]
     )
-    assert (titles["ndcg10_catalogue"].dropna() <= titles["ndcg10"].dropna()).all()
+    assert everyone.loc["full", "over_knn"] == pytest.approx(
+        everyone.loc["full", "ndcg10"] / everyone.loc["item_knn", "ndcg10"]
+    )
+    assert everyone["users_per_s"].notna().tolist() == [False, False, True, True, True]
     made = {"t6_movielens": table, "t6_titles": titles, "t6_gate": gates}
 
     def read(name):
@@ -201,9 +207,9 @@ def assert_judged(contest, table, models, tokenizer):
     assert found.loc["designs_that_judge", "value"] == (gates["verdict"] == "passes").sum()
     assert found.loc["gate_trained_movielens", "value"] == pytest.approx(gates.loc[0, "ratio"])
     figure = f6_recommendation({"ring": table}, titles, gates)
-    assert len(figure.axes) == 2
+    assert len(figure.axes) == 3
     assert all(axis.get_title() and axis.get_xlabel() for axis in figure.axes)
-    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == gates["design"].tolist()
+    assert [label.get_text() for label in figure.axes[2].get_yticklabels()] == gates["design"].tolist()
 
 
 def test_a_compact_model_is_judged_where_a_gate_passes():
@@ -211,11 +217,11 @@ def test_a_compact_model_is_judged_where_a_gate_passes():
                           "ndcg10_no_layers": 0.1, "ratio": [2.0, 1.0], "lo": [1.5, 0.9], "hi": [2.5, 1.1],
                           "trainings": 3, "users": 16, "verdict": ["passes", "fails"]})  # fmt: skip
     row = {"dataset": "ring", "n_users": 16, "train_on": "sample", "body": "none", "ndcg10": 0.1, "share_of_full": 0.9,
-           "share_of_full_lo": 0.8, "share_of_full_hi": 0.95}  # fmt: skip
+           "share_of_full_lo": 0.8, "share_of_full_hi": 0.95, "n_unseen": 0}  # fmt: skip
     table = pd.DataFrame([{**row, "method": name} for name in ("most_popular", "item_knn", "sasrec")]
                          + [{**row, "method": "trained", "body": "recovered"}])  # fmt: skip
-    row |= {"users": "all", "share_of_full": 0.5, "candidates": 4, "named": 0.3}
-    titles = pd.DataFrame([{**row, "model": name} for name in ("full", "recovered", rows.ORDER)])
+    row |= {"share_of_full": 0.5, "candidates": 4}
+    titles = pd.DataFrame([{**row, "model": name} for name in ("full", "recovered", rows.KNN)])
     made = {"t6_movielens": table, "t6_amazon": table, "t6_titles": titles, "t6_gate": gates}
     found = t6_findings(made.__getitem__).set_index("name")
     assert found.loc["share_of_full_least", ["value", "lo", "hi", "n"]].tolist() == [0.9, 0.8, 0.95, 16]
