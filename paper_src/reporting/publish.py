@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
+
 from paper_src.support.files import replacing
 
 OURS = re.compile(r"([tf]\d+|\d\d)_\w+\.\w+")  # tables, figures, provenance: nothing else is copied
@@ -42,6 +44,24 @@ def publish(results: Path, target: Path = Path()) -> None:
         )
     if not larger:
         _copy(results.glob("SUMMARY*.md"), target)
+    with replacing(target / "tables" / "provenance.md") as part:
+        part.write_text(provenance(target / "tables"), encoding="utf-8")
+
+
+def provenance(tables: Path) -> str:
+    """A Markdown table of every record below ``tables``: what made these tables, from which commit, where, how long."""
+    rows = []
+    for file in sorted(tables.rglob("*.json"), key=lambda file: (file.parent != tables, file)):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        git, threads = record.get("git") or {}, record.get("machine", {}).get("threads", "")
+        minutes = f"{record['wall_s'] / 60:.1f}" if "wall_s" in record else ""
+        rows.append({
+            "tables": file.parent.relative_to(tables.parent).as_posix(), "section": file.stem.replace("_", " "),
+            "made by": record.get("script", "its notebook"), "model": (record.get("model") or {}).get("name", ""),
+            "device": record["device"], "threads": threads, "minutes": minutes,
+            "commit": git.get("commit", "")[:7], "uncommitted changes": "yes" if git.get("dirty") else "no",
+        })  # fmt: skip
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:

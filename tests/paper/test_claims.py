@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from paper_src.reporting import claims, summary
+from paper_src.reporting import claims, publish, summary
 from paper_src.reporting.findings import EARLIER, LARGER, SECTIONS, load
 from paper_src.sections import general
 
@@ -239,3 +239,7 @@ def test_every_baseline_has_numbers_or_says_why_not(read):
     sizes = table[table["method"] == "layers cut"].drop_duplicates("k").set_index("k")["parameters"]
     for _, row in table[table["family"].isin(["width", "low rank"])].iterrows():
         assert 0.9 * sizes[row["k"]] < row["parameters"] <= sizes[row["k"]]
+
+
+def test_the_table_of_provenance_is_that_of_the_committed_records():
+    assert (ROOT / "tables" / "provenance.md").read_text(encoding="utf-8") == publish.provenance(ROOT / "tables")

@@ -137,20 +137,36 @@ def test_publish_copies_tables_figures_and_summary_and_nothing_else(project):
     for name in ("tables/t1_a.csv", "tables/.t1_a.csv-part", "tables/mine.csv", "tables/01_a.json", "figures/f1_a.svg",
                  "models/m.bin", "SUMMARY.md"):  # fmt: skip
         (results / name).parent.mkdir(parents=True, exist_ok=True)
-        (results / name).write_text(name)
+        (results / name).write_text('{"device": "cpu"}')
     publish.publish(results, project / "top")
     found = sorted(str(file.relative_to("top")) for file in Path("top").rglob("*") if file.is_file())
-    assert found == ["SUMMARY.md", "figures/f1_a.svg", "tables/01_a.json", "tables/t1_a.csv"]
+    copied = ["SUMMARY.md", "figures/f1_a.svg", "tables/01_a.json", "tables/t1_a.csv"]
+    assert found == sorted([*copied, "tables/provenance.md"])
 
 
 def test_of_a_larger_run_only_its_sections_are_published_and_beside_the_others(project):
     results = Path("results/long")
     for name in ("tables/t8_a.csv", "tables/t1_a.csv", "tables/06_b.json", "figures/f7_c.svg", "SUMMARY.md"):
         (results / name).parent.mkdir(parents=True, exist_ok=True)
-        (results / name).write_text(name)
+        (results / name).write_text('{"device": "cpu"}')
     publish.publish(results, project / "top")
     found = sorted(str(file.relative_to("top")) for file in Path("top").rglob("*") if file.is_file())
-    assert found == ["figures/long/f7_c.svg", "tables/long/06_b.json", "tables/long/t1_a.csv"]
+    copied = ["figures/long/f7_c.svg", "tables/long/06_b.json", "tables/long/t1_a.csv"]
+    assert found == [*copied, "tables/provenance.md"]
+
+
+def test_provenance_names_every_record_those_of_this_paper_first(project):
+    (project / "tables" / "long").mkdir(parents=True)
+    (project / "tables" / "long" / "01_a.json").write_text(
+        '{"script": "benchmarks/a.py", "device": "GPU", "git": {"commit": "0123456789", "dirty": true}}'
+    )
+    (project / "tables" / "02_b_c.json").write_text(
+        '{"model": {"name": "own"}, "device": "cpu", "machine": {"threads": 2}, "wall_s": 90, "git": null}'
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+            publish.provenance(project / "tables").splitlines()[2:]]  # fmt: skip
+    assert rows == [["tables", "02 b c", "its notebook", "own", "cpu", "2", "1.5", "", "no"],
+                    ["tables/long", "01 a", "benchmarks/a.py", "", "GPU", "", "", "0123456", "yes"]]  # fmt: skip
 
 
 def test_summary_tells_ran_kept_failed_and_missing(project):
