@@ -127,8 +127,9 @@ def gpu_rows(read: Read) -> list[dict]:
 
 
 def title_rows(read: Read) -> list[dict]:
-    """Rankings of candidates by title."""
-    return _if_made(lambda read: read("t6_titles").to_dict("records"), read)
+    """Rankings of candidates by title: what needs no layers, full and compact models, random layers."""
+    wanted = ["item_knn", "mean_embedding", "full", "compact", "recovered", "random_layers"]
+    return _if_made(lambda read: [row for row in read("t6_titles").to_dict("records") if row["model"] in wanted], read)
 
 
 def recommender_rows(read: Read) -> list[dict]:

@@ -110,8 +110,9 @@ def f6_recommendation(tables: Mapping[str, pd.DataFrame], titles: pd.DataFrame, 
             middle.axhline(metrics_of(np.arange(count) + 1)["ndcg10"].mean(), color="black", lw=0.8, ls=":")
             middle.set(title=f"titles: {asked['n_users'].iloc[0]:,} users", ylabel=f"NDCG@10 of {count} candidates")
             for panel in (left, middle):
-                panel.set(xlabel="users per second", xscale="log")
+                panel.set(xlabel="users per second")
                 panel.margins(x=0.1)
+            left.set_xscale("log")
             _gates(right, own)
         there = {*titles["model"], *(body for table in tables.values() for body in table["body"])}
         dots = [Line2D([], [], ls="", marker="o", color=colour, label=label)
