@@ -76,9 +76,13 @@ class TitleModel:
         self.alone: dict[int, float] = {}  # item -> score behind no title at all
 
     def gains(self, history: Sequence[int], candidates: Sequence[int]) -> Tensor:
-        """(C,) by how much a history makes each candidate's title likelier, nats per token."""
+        """(C,) by how much a history makes each candidate's title likelier, nats per token.
+
+        To four decimals: finer differences are of rounding, and without layers all gains are to be equal.
+        """
         self.read_alone(candidates)
-        return self.scores(history, candidates) - torch.tensor([self.alone[int(item)] for item in candidates])
+        alone = torch.tensor([self.alone[int(item)] for item in candidates])
+        return (self.scores(history, candidates) - alone).round(decimals=4)
 
     def read_alone(self, items: Iterable[int], batch_size: int = 32) -> None:
         """Score the titles of ``items`` behind the opening, those that are not known yet."""

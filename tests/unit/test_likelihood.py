@@ -88,10 +88,10 @@ def test_gains_are_by_hand_and_none_without_layers(tokenizer):
     found = model.gains([0, 1], [2, 3])
     expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) - by_hand(model.model, tokenizer, [], title)
                 for title in ("Up", "The long goodbye")]  # fmt: skip
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert found.tolist() == pytest.approx(expected, abs=2e-4)
     assert found.abs().max() > 1e-3
     bare = TitleModel(without_layers(model.model), tokenizer, ITEMS)
-    assert bare.gains([0, 1], [2, 3]).abs().max() < 1e-5  # without layers no token sees another
+    assert bare.gains([0, 1], [2, 3]).tolist() == [0, 0]  # without layers no token sees another
 
 
 def test_titles_alone_are_read_once(tokenizer, monkeypatch):
@@ -101,7 +101,7 @@ def test_titles_alone_are_read_once(tokenizer, monkeypatch):
     expected = model.scores([0], [1, 3]) - torch.tensor([model.alone[1], model.alone[3]])
     scores, asked = model.scores, []
     monkeypatch.setattr(model, "scores", lambda history, items: asked.append(history) or scores(history, items))
-    assert model.gains([0], [1, 3]).tolist() == expected.tolist()
+    assert model.gains([0], [1, 3]).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert asked == [[0]]
 
 
