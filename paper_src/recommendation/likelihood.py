@@ -26,8 +26,7 @@ def candidates_alike(
 ) -> np.ndarray:
     """(U, count) items a user has not had: the target first, the others drawn by how often each was taken.
 
-    So the target is no less popular than the others, and a ranking has to know the user. Beside uniformly drawn ones,
-    the popular would win.
+    So being popular is no advantage, and a ranking has to know the user; beside uniformly drawn ones the popular win.
 
     Args:
         counts: (I,) how often each item was taken in training.

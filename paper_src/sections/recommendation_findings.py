@@ -74,8 +74,7 @@ def _quality(
             found.add("t6_titles", f"ndcg10_titles_{role}_{data}", *ends(titles.loc[key], "ndcg10"),
                       unit="NDCG@10 among candidates", n=titles.loc[key, "n_users"])  # fmt: skip
     if table["n_unseen"].max() and "trained" in table.index:
-        rows = table.loc[["trained"]]
-        full = rows[rows["body"] == "full"].iloc[0]
+        full = table.loc[["trained"]].set_index("body").loc["full"]
         found.add(f"t6_{data}", f"ndcg10_unseen_{data}", *ends(full, "ndcg10_unseen"), n=full["n_unseen"],
                   unit="NDCG@10, items that no learner took")  # fmt: skip
     shares = []
@@ -140,8 +139,9 @@ def _candidates(panel: Axes, asked: pd.DataFrame, designs: Sequence[str]) -> Non
 
 
 def _lines(panel: Axes, quality: pd.Series) -> None:
-    for name in LINES.keys() & quality.index:
-        panel.axhline(quality[name], color=LINES[name], lw=1, ls="--")
+    for name, colour in LINES.items():
+        if name in quality.index:
+            panel.axhline(quality[name], color=colour, lw=1, ls="--")
 
 
 def _gates(panel: Axes, gates: pd.DataFrame) -> None:
