@@ -293,6 +293,7 @@ class Calibration:
     true_sequences: int = 24  # blocks for the true Fisher
     taylor_sequences: int = 10  # blocks whose gradient is summed for the Taylor score by weight
     loo_windows: int = 12  # windows for leave-one-out, two a group
+    shared: int = 1  # windows on which one group of permutations for Shapley values is walked
     scored: int | None = None  # tokens at the end of a window that enter the Shapley values' loss
     target: float = 0.05  # standard error, as a share of the largest value, at which Shapley sampling stops
     halves: float = 0.0  # and Kendall's tau between the rankings from the halves of its groups is this; 0: any
@@ -308,9 +309,9 @@ class Calibration:
 
     @functools.cached_property
     def shapley(self) -> tuple[coalitions.ShapleyValues, Cost]:
-        """Shapley values with each token's loss capped at log V and without; a group of permutations a window."""
+        """Shapley values with each token's loss capped at log V and without; a group for each ``shared`` windows."""
         cost = Cost()
-        groups = self.progress(self.windows.split(1), "Shapley")
+        groups = self.progress(self.windows.split(self.shared), "Shapley")
         metrics = ["nll_capped_nats", "nll_nats"]
         evaluators = coalitions.on_each(self.model, groups, cost, metrics=metrics, scored=self.scored, store=self.store)
         return coalitions.shapley(evaluators, self.target, seed=self.seed, halves=self.halves), cost

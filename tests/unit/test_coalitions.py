@@ -10,7 +10,7 @@ import torch
 from conftest import CAUSAL, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paper_src import coalitions, fidelity, models
+from paper_src import coalitions, fidelity, models, scoring
 from paper_src.coalitions import Evaluator, leave_one_out, shapley
 from paper_src.compaction import compact
 from paper_src.layers import SubsetRunner
@@ -252,6 +252,14 @@ class TestShapley:
         again = shapley(coalitions.on_each(llama, batches[:2], whole), target=0.0)
         assert len(found.groups) == len(again.groups) == 2
         assert stopped.evaluations == whole.evaluations > 0
+
+    def test_a_group_of_permutations_is_walked_on_all_windows_that_share_it(self, llama, make_blocks):
+        windows = make_blocks(5, 12)
+        values, _ = scoring.Calibration(llama, windows, windows, shared=2, target=0.0).shapley
+        parts = [Evaluator(llama, part) for part in (windows[:2], windows[2:4], windows[4:])]
+        np.testing.assert_allclose(
+            values.groups[:, :, 1].sum(axis=1), [part(()) - part(range(4)) for part in parts], rtol=1e-4
+        )
 
     def test_sampled_values_equal_the_exact_ones_within_their_errors(self, make_blocks):
         model = build_model("llama", num_hidden_layers=5, seed=3)
