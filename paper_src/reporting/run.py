@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 import papermill
@@ -23,8 +24,6 @@ from traitlets.config import Config
 from paper_src import InputError
 from paper_src.reporting.parameters import parameters_for
 
-# over files and not over TCP ports, which kernels that start together take from one another
-LOCAL = Config(KernelManager={"transport": "ipc"})
 NOISE = re.compile(r"Ending Cell|(In|Out)put Notebook|Working dir|Executing notebook")
 # of tqdm's bars, but not of transformers' own, or in words
 STEP = re.compile(r"(?:^|[\r\n])(?!Loading)([^\r\n|:]+): +\d+%\|[^|]*\| (\d+/\d+)|(step|epoch) (\d+) of (\d+)")
@@ -91,9 +90,11 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> None
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_name(f"{output.stem}.failed.ipynb")
-    how = {"kernel_name": "python3", "log_output": True, "progress_bar": False, "config": LOCAL}
+    how = {"kernel_name": "python3", "log_output": True, "progress_bar": False, "cwd": str(notebook.parent)}
     try:
-        papermill.execute_notebook(str(notebook), str(failed), parameters, cwd=str(notebook.parent), **how)
+        with TemporaryDirectory(prefix="kernel-") as sockets:  # kernels that start together share no port, no socket
+            local = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets, "socket"))})
+            papermill.execute_notebook(str(notebook), str(failed), parameters, config=local, **how)
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
         raise InputError(f"{notebook.stem} failed. {reason} (cells: {failed})") from error

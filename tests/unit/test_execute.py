@@ -47,6 +47,23 @@ def test_own_parameters_beat_common_ones_and_overrides_beat_both(project):
     assert parameters.parameters_for(notebook, path, {"count": 4, "model": "x"}) == {"count": 4}
 
 
+def test_a_kernel_leaves_no_socket_beside_the_notebooks_and_takes_nobodys(project):
+    """Kernels that looked for free numbers in one folder took each other's when they started together."""
+    source = "import os; from ipykernel.kernelapp import IPKernelApp as App; print(App.instance().ip, os.listdir())"
+    path = project / "notebooks/01_demo.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(source))
+    nbformat.write(notebook, path)
+    said = []
+    for output in (project / "a.ipynb", project / "b.ipynb"):
+        run.execute(Path("notebooks/01_demo.ipynb"), {}, output)
+        said.append(nbformat.read(output, as_version=4).cells[-1].outputs[0].text.split(maxsplit=1))
+    (first, beside), (second, _) = said
+    assert first != second
+    assert beside.strip() == "['01_demo.ipynb']"
+    assert not Path(first).parent.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
