@@ -1,7 +1,7 @@
 """How near a compact model's outputs are to the full model's, on held-out tokens."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from paper_src import InputError
-from paper_src.data import beginning
 from paper_src.models import last_hidden, logits_of
 from paper_src.stats import interval
 from paper_src.support.files import replacing
@@ -145,35 +143,6 @@ def compare_constant(model: PreTrainedModel, full: Reference) -> dict[str, np.nd
 
 
 @torch.no_grad()
-def document_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch_size: int = 8,
-    length: int | None = None,
-) -> np.ndarray:  # fmt: skip
-    """(n,) float64 mean NLL of each document, nats/token, behind the tokenizer's BOS; its first ``length`` tokens.
-
-    Documents are padded behind, where a causal model does not look: neither the batch nor the tokenizer's padding side
-    changes a value.
-
-    Raises:
-        InputError: a document of which no token can be predicted.
-    """
-    first, rows = beginning(tokenizer), []
-    for number, ids in enumerate(tokenizer(list(documents), add_special_tokens=False)["input_ids"]):
-        rows.append(torch.tensor((ids if ids[:1] == first else first + ids)[:length]))
-        if len(rows[-1]) < 2:
-            raise InputError(f"document {number} has {len(ids)} tokens: none can be predicted, leave it out")
-    found = np.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # of like lengths: little padding
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        hidden = last_hidden(model, pad_sequence([rows[number] for number in part], batch_first=True))
-        for state, number in zip(hidden, part, strict=True):
-            ids = rows[number].to(hidden.device)
-            logits = logits_of(model, state[None, : len(ids) - 1])[0].float()  # (T-1, V)
-            found[number] = functional.cross_entropy(logits, ids[1:])
-    return found
-
-
 def _compare_states(full: Reference, index: int, state: Tensor, metrics: Collection[str]) -> dict[str, float]:
     """Metrics of one block's states (T, d)."""
     index %= len(full.blocks)

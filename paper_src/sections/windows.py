@@ -52,18 +52,3 @@ def losses(table: pd.DataFrame, row: str, text: str | None = None, metric: str =
     if part["window"].tolist() != list(range(len(part))):
         raise InputError(f"the windows of {row!r} on {text!r} are not 0 to {len(part) - 1}: run the section again")
     return Losses(part[metric].to_numpy(), "/".join([text, *part[["windows_sha256", "model_sha256"]].iloc[0]]))
-
-
-def require_same(table: pd.DataFrame, text: str, blocks: Tensor, model_digest: str) -> pd.DataFrame:
-    """``table``, a ``tN_windows``, if it is of these windows and this model.
-
-    Raises:
-        InputError: it was measured on other text, other windows or beside another full model.
-    """
-    part = table[table["text"] == text]
-    for name, wanted in (("windows_sha256", digest(blocks)), ("model_sha256", model_digest[:SHORT])):
-        if set(part[name]) != {wanted}:
-            found = ", ".join(sorted(set(part[name]))) or "no windows"
-            raise InputError(f"the losses on {text!r} are of another {name[:-7].rstrip('s')} ({found}, not {wanted}): "
-                             "run the section that wrote them again")  # fmt: skip
-    return table

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from paper_src import fidelity
 from paper_src.compaction import compact
 from paper_src.fidelity import (
     METRICS,
@@ -205,26 +204,3 @@ def test_mean_state_of_another_model_is_refused(tmp_path, refused):
 def test_missing_mean_state_names_the_command_that_makes_it(tmp_path, refused):
     with refused("no mean state .*: run ./reproduce.sh --only 01_importance"):
         load_mean(tmp_path / "mean.safetensors", "ab" * 32)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_losses_of_documents_do_not_depend_on_batch_or_padding_side(make_model, tokenizer, side, batch_size):
-    model, tokenizer.padding_side = make_model("llama", vocab_size=257), side
-    documents = ["a", "some words", "<s>more of them, and longer", "x y z", "one two three four five six"]
-    found = fidelity.document_nll(model, tokenizer, documents, batch_size)
-    for text, value in zip(documents, found, strict=True):
-        ids = torch.tensor(tokenizer(text.removeprefix("<s>"))["input_ids"])  # the BOS stands before it once
-        assert ids[0] == 256
-        with torch.no_grad():
-            expected = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:])
-        assert value == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_document_is_cut_at_its_length_and_an_empty_one_refused(make_model, tokenizer, refused):
-    model = make_model("llama", vocab_size=257)
-    assert fidelity.document_nll(model, tokenizer, ["some words"], length=4) == pytest.approx(
-        fidelity.document_nll(model, tokenizer, ["som"])
-    )
-    with refused("document 1 has 0 tokens"):
-        fidelity.document_nll(model, tokenizer, ["some", ""])

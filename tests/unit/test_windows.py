@@ -45,14 +45,10 @@ def test_rows_on_different_windows_are_no_pair(table):
         stats.paired(windows.losses(both, "0 2"), windows.losses(both, "full"))
 
 
-def test_windows_of_another_text_or_model_are_refused(table):
-    assert windows.require_same(table, "wikitext-2", BLOCKS, MODEL) is table
-    with pytest.raises(InputError, match="another window"):
-        windows.require_same(table, "wikitext-2", BLOCKS.flip(0), MODEL)
-    with pytest.raises(InputError, match="another model"):
-        windows.require_same(table, "wikitext-2", BLOCKS, "cd" * 32)
-    with pytest.raises(InputError, match="no windows"):
-        windows.require_same(table, "code", BLOCKS, MODEL)
+def test_rows_beside_another_full_model_are_no_pair(table):
+    other = windows.window_rows("0 2", "wikitext-2", BLOCKS, "cd" * 32, {"nll_nats": np.ones(3)})
+    with pytest.raises(InputError, match="the same windows"):
+        stats.paired(windows.losses(pd.concat([table, other]), "0 2"), windows.losses(table, "full"))
 
 
 def test_a_missing_row_or_window_is_an_error(table):
