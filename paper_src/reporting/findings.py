@@ -87,9 +87,10 @@ class Finding:
 
     @property
     def share(self) -> "Finding":
-        """A count as a share of its ``n``; its text is the count."""
-        value = self.value / self.n if self.n else NAN
-        return Finding(self.name, value, NAN, NAN, "share", self.n, self.source, f"{self:of}", self.test, self.p)
+        """A count as a share of its ``n``, with its interval; its text is the count."""
+        value, lo, hi = (each / self.n if self.n else NAN for each in (self.value, self.lo, self.hi))
+        text = f"{self:of}" + (f" [{self.lo:g}, {self.hi:g}]" if self.lo == self.lo else "")
+        return Finding(self.name, value, lo, hi, "share", self.n, self.source, text, self.test, self.p)
 
     @property
     def p_value(self) -> "Finding":

@@ -18,7 +18,7 @@ from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, STYLE
 from paper_src.scoring import SCORES, LayerScores, pass_name, title
 from paper_src.sections.searches import SHARE, overlap_of
-from paper_src.sections.worth import CAUSAL, redrawn_score, tau_of, taus
+from paper_src.sections.worth import CAUSAL, redrawn, redrawn_score, tau_of, taus
 from paper_src.selection import top_k
 
 
@@ -55,7 +55,7 @@ def t1_agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200
     The 95% intervals of the pairs are percentile bootstraps: the rows are drawn anew, for scores that share them
     together. Redrawing adds to a score's noise, so that the interval of a tau between noisy scores can lie below it.
     """
-    redrawn = {name: redrawn_score(scores, name, draws, seed) for name in SCORES}
+    samples = {name: redrawn_score(scores, name, draws, seed) for name in SCORES}
     rows = []
     for a in SCORES:
         for b in SCORES:
@@ -64,7 +64,7 @@ def t1_agreement(scores: LayerScores, importance: pd.DataFrame, draws: int = 200
                 row["kendall_tau"] = scores.half_split_tau(a)
             else:
                 row["kendall_tau"] = float(kendalltau(importance[a], importance[b]).statistic)
-                interval = np.quantile(taus(redrawn[a], redrawn[b]), [0.025, 0.975])
+                interval = np.quantile(taus(samples[a], samples[b]), [0.025, 0.975])
                 row["kendall_tau_lo"], row["kendall_tau_hi"] = interval
             rows.append(row)
     return pd.DataFrame(rows)
@@ -205,7 +205,7 @@ def t1_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     depth = len(importance)
     found.add("t1_importance", "layers", depth)
     names = [name for name in SCORES if name in importance]
-    _patterns(found, read, importance, names)
+    _patterns(found, read, importance, names, seed)
     ranks = importance["combined"].rank(ascending=False)
     found.add("t1_importance", "rank_of_first_layer", ranks.iloc[0], n=depth, unit="rank by the combined score")
     found.add("t1_importance", "rank_of_last_layer", ranks.iloc[-1], n=depth, unit="rank by the combined score")
@@ -227,9 +227,9 @@ def t1_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     return found.frame()
 
 
-def _patterns(found: Findings, read: Read, importance: pd.DataFrame, names: Sequence[str]) -> None:
+def _patterns(found: Findings, read: Read, importance: pd.DataFrame, names: Sequence[str], seed: int) -> None:
     """Adds how many of the reported layers are among the best by each score, and by each combined one."""
-    pattern, formulas = reported_pattern(len(importance)), read("t1_combined")
+    pattern, formulas, rows = reported_pattern(len(importance)), read("t1_combined"), read("t1_rows")
     worth = {**importance[list(names)], "shapley_uncapped": read("t1_causal")["shapley_uncapped"],
              "repaired": read("t1_repaired")["repaired_nats"]}  # fmt: skip
     size, chance = len(pattern), len(pattern) ** 2 / len(importance)
@@ -237,13 +237,23 @@ def _patterns(found: Findings, read: Read, importance: pd.DataFrame, names: Sequ
     for score, values in worth.items():
         best = values.nlargest(size).index
         source = {"shapley_uncapped": "t1_causal", "repaired": "t1_repaired"}.get(score, "t1_importance")
-        found.add(source, f"pattern_{score}", len(pattern & {*best}), n=size, unit="layers", test="count",
+        tested = _interval(rows[rows["score"] == score].drop(columns="score"), pattern, seed)
+        found.add(source, f"pattern_{score}", len(pattern & {*best}), **tested, n=size, unit="layers",
                   text=", ".join(map(str, best)))  # fmt: skip
     for end, place in (("least", formulas["pattern"].idxmin()), ("most", formulas["pattern"].idxmax())):
         row = formulas.loc[place]
         found.add("t1_combined", f"pattern_combined_{end}", row["pattern"], n=size, unit="layers", test="count",
                   text=row["formula"])  # fmt: skip
     found.add("t1_combined", "pattern_combined_formulas", len(formulas), n=len(formulas), unit="formulas")
+
+
+def _interval(rows: pd.DataFrame, pattern: set[int], seed: int) -> dict[str, float | str]:
+    """95% interval of that count and its test, from a score's rows (N, L) if they are known; else it is a count."""
+    if rows.empty:
+        return {"test": "count"}
+    best = np.argsort(-redrawn(rows.to_numpy(), 1000, seed), axis=1)[:, : len(pattern)]
+    lo, hi = np.quantile(np.isin(best, list(pattern)).sum(axis=1), [0.025, 0.975])
+    return {"lo": lo, "hi": hi, "test": f"percentile bootstrap over {len(rows)} sequences"}
 
 
 def _agreement(found: Findings, table: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str], seed: int) -> None:

@@ -144,6 +144,17 @@ def test_patterns_under_the_formulas(monkeypatch):
     assert (rows["n"] == 1).all()
 
 
+def test_the_interval_of_a_count_in_the_pattern_is_over_redrawn_sequences():
+    sure = pd.DataFrame([[9.0, 5, 1, 0], [8, 6, 2, 1]])
+    assert importance._interval(sure, {0, 2}, 0) == {
+        "lo": 1.0, "hi": 1.0, "test": "percentile bootstrap over 2 sequences",
+    }  # fmt: skip
+    unsure = pd.DataFrame([[9.0, 5, 1, 0], [9, 0, 8, 0]])  # layer 1 or layer 2 is second
+    found = importance._interval(unsure, {0, 2}, 0)
+    assert (found["lo"], found["hi"]) == (1.0, 2.0)
+    assert importance._interval(sure[:0], {0, 2}, 0) == {"test": "count"}
+
+
 def test_a_tau_of_tested_rows_is_that_of_their_means_and_its_interval_follows_the_seed():
     generator = np.random.default_rng(3)
     first, second = (generator.normal(size=(n, 5)) + np.arange(5) for n in (6, 4))
