@@ -48,14 +48,16 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
     suffix = "" if language == "en" else "_zh"
     rows = [{**row, **{name: row[f"{name}{suffix}"] for name in ("reported", "finding", "rule", "decides")}}
             for row in claims.fillna("").to_dict("records")]  # fmt: skip
-    counts = {verdict.replace(" ", "_"): sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
+    opened = {"report": [row for row in rows if row["group"] != "open"],
+              "open": [row for row in rows if row["group"] == "open"]}  # fmt: skip
     return {
         "f": Known(own),
         "long": Known(larger),
         "gpu": Known(load(read, "gpu/")),
         "reported": reported,
         "claims": rows,
-        "counts": counts,
+        "counts": {name: counts(part) for name, part in opened.items()},
+        "rounds": {"t3": fewest(read, "t3_speed", "rounds"), "t7": fewest(read, "t7_baselines", "prefill_hidden_rounds")},
         "sizes": _if_made(size_rows, read),
         "fidelity": _if_made(fidelity_rows, read),
         "recovery": _if_made(recovery_rows, read),
@@ -71,6 +73,17 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "differing": _if_made(differing_rows, read),
         "across": across(models, depths),
     }
+
+
+def counts(rows: Sequence[dict]) -> dict[str, int]:
+    """How many claims there are, and how many of each verdict."""
+    of = {verdict.replace(" ", "_"): sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
+    return {"all": len(rows), **of}
+
+
+def fewest(read: Read, table: str, column: str) -> float:
+    """The smallest number in a column; NaN where the table was not made."""
+    return next(iter(_if_made(lambda read: [read(table)[column].min()], read)), NAN)
 
 
 def _template(language: str) -> Template:
@@ -102,7 +115,7 @@ def size_rows(read: Read) -> list[dict]:
 
 
 def fidelity_rows(read: Read) -> list[dict]:
-    """At each k what validation text chose, the recommended kind, and the mean of random selections."""
+    """At each k what validation text chose, the recommended selection, and the mean of random selections."""
     table = read("t4_fidelity")
     wanted = [(table["strategy"] == "chosen"), (table["strategy"] == "distributed") & (table["score"] == "combined"),
               (table["strategy"] == "random")]  # fmt: skip
@@ -111,7 +124,7 @@ def fidelity_rows(read: Read) -> list[dict]:
 
 
 def recovery_rows(read: Read) -> list[dict]:
-    """Every stage of repair at every k, and the recommended kind of selection."""
+    """Every stage of repair at every k, and the recommended selection."""
     table = read("t5_recovery")
     table = table[~table["selection"].isin(["full", "trivial"])]
     return table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
@@ -178,7 +191,7 @@ def differing_rows(read: Read) -> list[dict]:
 
 def across(models: Sequence[dict], rows: Sequence[dict]) -> dict[str, object]:
     """What holds on all models: least and most perplexity ratios after distillation at the largest and smallest k,
-    and whether the layers chosen beat the recommended kind on each; empty where there is one model alone.
+    and whether the layers chosen beat the recommended selection on each; empty where there is one model alone.
     """
     if not models:
         return {}
