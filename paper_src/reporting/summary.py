@@ -53,11 +53,15 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
     return {
         "f": Known(own),
         "long": Known(larger),
+        "best": Known(own | larger),
         "gpu": Known(load(read, "gpu/")),
         "reported": reported,
         "claims": rows,
         "counts": {name: counts(part) for name, part in opened.items()},
-        "rounds": {"t3": fewest(read, "t3_speed", "rounds"), "t7": fewest(read, "t7_baselines", "prefill_hidden_rounds")},
+        "rounds": {
+            "t3": fewest(read, "t3_speed", "rounds"),
+            "t7": fewest(read, "t7_baselines", "prefill_hidden_rounds"),
+        },
         "sizes": _if_made(size_rows, read),
         "fidelity": _if_made(fidelity_rows, read),
         "recovery": _if_made(recovery_rows, read),

@@ -101,10 +101,10 @@ def test_a_flipped_verdict_is_found_and_told(tmp_path):
         shutil.copy(path, tmp_path)
     assert flips(own(ROOT / "tables"), own(tmp_path)) == []
     table = pd.read_csv(tmp_path / "t1_findings.csv")
-    table.loc[table["name"] == "pattern_fisher", "value"] = 2
+    table.loc[table["name"] == "pattern_fisher", ["value", "lo", "hi"]] = 2
     table.to_csv(tmp_path / "t1_findings.csv", index=False)
     assert flips(own(ROOT / "tables"), own(tmp_path)) == [
-        "pattern-by-gradients: expected reproduced, found not reproduced: `pattern_fisher` 2/9 (≥ 0.8)"
+        "pattern-by-gradients: expected undetermined, found not reproduced: `pattern_fisher` 2/9 [2, 2] (≥ 0.8)"
     ]
 
 

@@ -137,7 +137,7 @@ def doctored(tmp_path, name, **columns):
 
 
 def test_a_verdict_that_flips_is_named_with_what_was_expected_and_found(tmp_path):
-    changed = doctored(tmp_path, "pattern_fisher", value=1)
+    changed = doctored(tmp_path, "pattern_fisher", value=1, lo=1, hi=1)
 
     def read(name):  # without the larger run, which would decide this claim
         if name.startswith("long/"):
@@ -145,7 +145,9 @@ def test_a_verdict_that_flips_is_named_with_what_was_expected_and_found(tmp_path
         return changed(name)
 
     (said,) = [each for each in claims.flipped(claims.t9_claims(read)) if each.startswith("pattern-by-gradients:")]
-    assert said == "pattern-by-gradients: expected reproduced, found not reproduced: `pattern_fisher` 1/9 (≥ 0.8)"
+    assert (
+        said == "pattern-by-gradients: expected undetermined, found not reproduced: `pattern_fisher` 1/9 [1, 1] (≥ 0.8)"
+    )
 
 
 def test_the_threshold_may_be_a_reported_value():
