@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,11 +33,11 @@ class Request:
         """The same; InputError if it asks for nothing that can be done."""
         if bool(self.keep) == bool(self.speed):
             raise InputError("give either keep, a number of layers or a share such as 0.75, or speed, such as 1.5")
-        if self.keep < 0 or (self.keep > 1 and self.keep != int(self.keep)):
+        if not (0 <= self.keep < math.inf) or (self.keep > 1 and self.keep != int(self.keep)):
             raise InputError(f"keep {self.keep}: give a number of layers, or a share such as 0.75")
-        if self.speed and self.speed <= 1:
+        if self.speed and not 1 < self.speed < math.inf:
             raise InputError(f"speed {self.speed}: give more than 1, such as 1.5 for half as fast again")
-        if self.minutes <= 0:
+        if not self.minutes > 0:
             raise InputError(f"minutes {self.minutes}: give more than 0")
         if self.strategy and self.strategy not in CHOICES:
             raise InputError(f"strategy {self.strategy!r}: use one of {', '.join(CHOICES)}")

@@ -50,7 +50,11 @@ def read_profile(path: Path) -> dict[str, dict]:
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise InputError(f"no profile {path.stem!r}: there are {known}")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        settings = {name: dict(part) for name, part in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items()}
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is no YAML of notebooks and their parameters: {reason}") from error
     notebooks = {file.stem for file in Path("notebooks").glob("*.ipynb")}
     if unknown := sorted(settings.keys() - notebooks - {"common"}):
         raise InputError(f"{path}: no notebook {unknown[0]!r}, there are {sorted(notebooks)}")

@@ -78,6 +78,13 @@ def test_wrong_profile_is_refused_before_anything_runs(project, settings, messag
         parameters.check_profile(profile(**settings))
 
 
+@pytest.mark.parametrize("text", ["a: [1\n", "- 01_demo\n", "01_demo: 3\n", "words\n", "\xff"])
+def test_a_profile_that_is_no_yaml_of_parameters_is_refused_in_one_line(project, text):
+    Path("profiles/p.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"^profiles/p.yaml is no YAML of notebooks and their parameters: [^\n]+$"):
+        parameters.read_profile(Path("profiles/p.yaml"))
+
+
 def test_unknown_profile_lists_the_known(project):
     profile()
     with pytest.raises(InputError, match=r"no profile 'q': there are \['p'\]"):
