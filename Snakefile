@@ -3,6 +3,7 @@
 #   snakemake --cores 2 --config profile=tiny
 #   snakemake --executor slurm --jobs 8 --default-resources mem_mb=64000 gres=gpu:1 --config profile=gpu model=/path
 import glob
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -34,18 +35,33 @@ def record(notebook):
     return [f"{OUT}/notebooks/{notebook.name}", f"{OUT}/tables/{notebook.stem}.json"]
 
 
-def inputs(notebook):
-    """The notebook and its profile first; lock, modules, a local model's files, and the tables it reads.
+def sources(notebook):
+    """The notebook and its profile first; lock, modules, a local model's files.
 
-    The summary reads all sections, and the committed tables of larger budgets and other models.
+    The summary also reads the committed tables of larger budgets and other models.
     """
     weights = [MODEL] if os.path.isfile(MODEL) else sorted(glob.glob(f"{glob.escape(MODEL)}/*.*")) if MODEL else []
     needed = [str(notebook), f"profiles/{PROFILE}.yaml", "requirements.txt", *modules_of(notebook), *weights]
+    if notebook.stem == "09_summary":
+        needed += sorted(glob.glob("paper_src/reporting/summary*.j2") + glob.glob("paper_src/reporting/*.yaml"))
+        needed += sorted(glob.glob("tables/*/*"))
+    return needed
+
+
+def inputs(notebook):
+    """Its sources, and the tables it reads; the summary reads all sections."""
     if notebook.stem != "09_summary":
-        return needed + tables(files_of(notebook).reads)
-    needed += sorted(glob.glob("paper_src/reporting/summary*.j2") + glob.glob("paper_src/reporting/*.yaml"))
-    needed += sorted(glob.glob("tables/*/*"))
-    return needed + [file for other in NOTEBOOKS if other.name < notebook.name for file in outputs(other)]
+        return sources(notebook) + tables(files_of(notebook).reads)
+    return sources(notebook) + [file for other in NOTEBOOKS if other.name < notebook.name for file in outputs(other)]
+
+
+def digest(files):
+    """Of what files hold (of a large one its size): dates lie where a clock was set back."""
+    found = hashlib.sha256()
+    for file in map(Path, files):
+        size = file.stat().st_size
+        found.update(f"{file} {size} ".encode() + (file.read_bytes() if size < 2**24 else b""))
+    return found.hexdigest()
 
 
 def outputs(notebook):
@@ -88,6 +104,8 @@ for notebook in NOTEBOOKS:
             inputs(notebook),
         output:
             outputs(notebook),
+        params:
+            sources=digest(sources(notebook)),
         threads: THREADS
         priority: 100 - int(notebook.stem[:2])  # in the paper's order, as far as they are free
         shell:

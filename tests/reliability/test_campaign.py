@@ -192,6 +192,14 @@ def test_a_clock_that_was_set_back(checkout):
         os.utime(path, (tomorrow, tomorrow))
     done = reproduce(checkout, "--profile", "tiny", "--only", "02_selection")
     assert done.returncode == 0, done.stderr[-2000:]
+    profile, record = checkout / "profiles/tiny.yaml", checkout / "results/tiny/tables/01_importance.json"
+    own = profile.read_text()
+    profile.write_text(own.replace("true_sequences: 16", "true_sequences: 11"))  # older than what it makes
+    try:
+        assert reproduce(checkout, *ONE).returncode == 0
+        assert json.loads(record.read_text())["parameters"]["true_sequences"] == 11
+    finally:
+        profile.write_text(own)
 
 
 def test_killed_at_random_moments(checkout):
