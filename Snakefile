@@ -2,6 +2,7 @@
 # outputs and inputs, so that no list is kept twice. ./reproduce.sh calls this; so can you:
 #   snakemake --cores 2 --config profile=tiny
 #   snakemake --executor slurm --jobs 8 --default-resources mem_mb=64000 gres=gpu:1 --config profile=gpu model=/path
+import functools
 import glob
 import hashlib
 import os
@@ -35,6 +36,7 @@ def record(notebook):
     return [f"{OUT}/notebooks/{notebook.name}", f"{OUT}/tables/{notebook.stem}.json"]
 
 
+@functools.cache  # inputs and digest both ask
 def sources(notebook):
     """The notebook and its profile first; lock, modules, a local model's files.
 

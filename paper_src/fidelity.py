@@ -142,7 +142,6 @@ def compare_constant(model: PreTrainedModel, full: Reference) -> dict[str, np.nd
     return compare_states(model, full, full.mean_state.to(full.hidden.dtype).expand_as(full.hidden))
 
 
-@torch.no_grad()
 def _compare_states(full: Reference, index: int, state: Tensor, metrics: Collection[str]) -> dict[str, float]:
     """Metrics of one block's states (T, d)."""
     index %= len(full.blocks)

@@ -52,7 +52,7 @@ def read_profile(path: Path) -> dict[str, dict]:
         raise InputError(f"no profile {path.stem!r}: there are {known}")
     try:
         settings = {name: dict(part) for name, part in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items()}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is no YAML of notebooks and their parameters: {reason}") from error
     notebooks = {file.stem for file in Path("notebooks").glob("*.ipynb")}

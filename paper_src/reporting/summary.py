@@ -48,7 +48,7 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
     suffix = "" if language == "en" else "_zh"
     rows = [{**row, **{name: row[f"{name}{suffix}"] for name in ("reported", "finding", "rule", "decides")}}
             for row in claims.fillna("").to_dict("records")]  # fmt: skip
-    opened = {"report": [row for row in rows if row["group"] != "open"],
+    groups = {"report": [row for row in rows if row["group"] != "open"],
               "open": [row for row in rows if row["group"] == "open"]}  # fmt: skip
     return {
         "f": Known(own),
@@ -57,7 +57,7 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "gpu": Known(load(read, "gpu/")),
         "reported": reported,
         "claims": rows,
-        "counts": {name: counts(part) for name, part in opened.items()},
+        "counts": {name: counts(part) for name, part in groups.items()},
         "rounds": {
             "t3": fewest(read, "t3_speed", "rounds"),
             "t7": fewest(read, "t7_baselines", "prefill_hidden_rounds"),
