@@ -1,6 +1,7 @@
 """The judge of sections 5 and 7: a model beside the full one on every kind of text of one split."""
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -38,20 +39,26 @@ def mixed_blocks(
 ) -> Tensor:
     """(count, length) token ids: :func:`data.token_blocks` of each of ``texts`` in turn, twice if it is named twice.
 
-    A text too short for its share gives fewer, and the first one more.
+    A text too short for its share gives fewer, and the first one more, then the others.
 
     Raises:
-        InputError: the first text is too short for what is left to it.
+        InputError: the texts do not hold so many.
     """
-    first, *others = dict.fromkeys(texts)
     owners = [texts[index % len(texts)] for index in range(count)]
     wanted = Counter(owners)
-    parts = {text: as_many(tokenizer, text, wanted[text], length, seed) for text in others if wanted[text]}
-    rest = count - sum(map(len, parts.values()))
-    parts = {text: iter(blocks) for text, blocks in parts.items()}
-    parts[first] = iter(data.token_blocks(tokenizer, first, rest, length, seed))
-    found = [next(parts[text], None) for text in owners]
-    return torch.stack([next(parts[first]) if block is None else block for block in found])
+    parts = {text: as_many(tokenizer, text, share, length, seed) for text, share in wanted.items()}
+    for text, share in wanted.items():
+        missing = count - sum(map(len, parts.values()))
+        if missing and len(parts[text]) == share:
+            more = as_many(tokenizer, text, share + missing, length, seed)
+            parts[text] = max(parts[text], more, key=len)
+    if missing := count - sum(map(len, parts.values())):
+        raise InputError(f"the texts hold {count - missing} of {count} blocks of {length} tokens: ask for fewer or "
+                         "shorter blocks, or give more text")  # fmt: skip
+    left = {text: iter(blocks) for text, blocks in parts.items()}
+    found = [next(left[text], None) for text in owners]
+    rest = itertools.chain(*left.values())
+    return torch.stack([next(rest) if block is None else block for block in found])
 
 
 def as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:

@@ -200,5 +200,15 @@ def test_a_short_text_gives_what_it_has_and_the_first_the_rest(tokenizer, refuse
     short = sum("b" in tokenizer.decode(block) for block in found)
     assert found.shape == (20, 8)
     assert 2 <= short <= 5
-    with refused("shorter than 8 tokens"):
+    with refused("the texts hold .* of 40 blocks of 8 tokens"):
         judge.mixed_blocks(tokenizer, ["a " * 10, "b " * 40], 40, 8, seed=0)
+
+
+def test_where_the_first_text_is_short_too_the_others_give_the_rest(tokenizer):
+    texts = ["a " * 20, "b " * 20, "c " * 2000]
+    found = judge.mixed_blocks(tokenizer, texts, 30, 8, seed=0)
+    counts = [sum(letter in tokenizer.decode(block) for block in found) for letter in "abc"]
+    assert sum(counts) == 30
+    assert counts[0] <= 10
+    assert counts[1] <= 5
+    assert counts[2] > 15
