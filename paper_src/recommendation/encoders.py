@@ -5,7 +5,7 @@ against all item vectors, cross-entropy over the whole catalogue. Ours is a resi
 training starts from the recommender that is not trained. The training loop is transformers' Trainer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -166,33 +166,52 @@ def train(
         InputError: no sequence has two items, or the loss is NaN.
     """
     rows = [items[-training.length - 1 :] for items in sequences if len(items) > 1]
-    if not rows:
-        raise InputError("no training sequence has two items: give longer ones")
     torch.manual_seed(training.seed)
     products = torch.bfloat16 if training.bfloat16 else torch.float32
-    model = SequenceModel(body, vectors, training.residual, products).to(training.device)
-    data = [torch.as_tensor(part) for part in (np.concatenate(rows), np.concatenate(validation[0]), validation[1])]
+    model = SequenceModel(body, vectors, training.residual, products)
+    examples = [{"input_ids": torch.as_tensor(items[:-1]), "labels": torch.as_tensor(items[1:])} for items in rows]
+    history = trained(model, examples, _collate, lambda model: as_scorer(model, training.length), validation, folder,
+                      training)  # fmt: skip
+    return model, history
+
+
+def trained(
+    model: nn.Module, examples: Sequence[dict[str, Tensor]], collate: Callable, scorer: Callable[[nn.Module], Scorer],
+    validation: tuple[Sequences, np.ndarray], folder: Path, training: Training,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train ``model`` in place, as :func:`train` does, to its best state on validation; the looks at that.
+
+    Args:
+        model: its part ``body`` has a learning rate of its own.
+        examples: what ``collate`` makes batches of, the arguments of its ``forward``.
+        scorer: what recommends with it.
+    """
+    if not examples:
+        raise InputError("no training sequence has two items: give longer ones")
+    model.to(training.device)
+    data = [torch.cat([torch.atleast_1d(example[name]) for example in examples]) for name in examples[0]]
+    data += [torch.as_tensor(part) for part in (np.concatenate(validation[0]), validation[1])]
     folder = run_folder(folder, [*data, *model.parameters()], asdict(training))
     history = stored_outcome(folder, model)
     if history is None:
-        history = _fit(model, rows, validation, folder, training)
+        history = _fit(model, examples, collate, scorer, validation, folder, training)
         store_outcome(folder, model, history)
-    return model.eval(), history
+    model.eval()
+    return history
 
 
 def _fit(
-    model: SequenceModel, rows: Sequences, validation: tuple, folder: Path, training: Training
-) -> list[dict[str, float]]:
-    """Train ``model`` in place, to its best state on validation; the looks at that."""
-    examples = [{"input_ids": torch.as_tensor(items[:-1]), "labels": torch.as_tensor(items[1:])} for items in rows]
+    model: nn.Module, examples: Sequence[dict[str, Tensor]], collate: Callable, scorer: Callable, validation: tuple,
+    folder: Path, training: Training,
+) -> list[dict[str, float]]:  # fmt: skip
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("body.")]
     groups = [{"params": list(model.body.parameters()), "lr": training.body_rate},
               {"params": others, "lr": training.learning_rate}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     history = _Trainer(
-        validation, training, model=model, args=_arguments(folder, training), train_dataset=examples,
-        eval_dataset=examples[:1], data_collator=_collate, optimizers=(optimizer, None),
+        validation, training, scorer, model=model, args=_arguments(folder, training), train_dataset=examples,
+        eval_dataset=examples[:1], data_collator=collate, optimizers=(optimizer, None),
     ).fit("epoch", "seconds", "ndcg10")  # fmt: skip
     if history[0]["ndcg10"] >= max(row["ndcg10"] for row in history[1:]):
         model.load_state_dict(start)
@@ -226,9 +245,9 @@ def _collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 class _Trainer(WatchedTrainer):
     """It measures NDCG@10 over the whole catalogue."""
 
-    def __init__(self, validation: tuple, training: Training, **arguments):
+    def __init__(self, validation: tuple, training: Training, scorer: Callable[[nn.Module], Scorer], **arguments):
         super().__init__(training.patience, **arguments)
-        self.validation, self.length = validation, training.length
+        self.validation, self.scorer = validation, scorer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored
@@ -236,5 +255,5 @@ class _Trainer(WatchedTrainer):
         return self.finite(model(**inputs)["loss"])
 
     def measure(self) -> dict[str, float]:
-        found = metrics_of(target_ranks(as_scorer(self.model, self.length), *self.validation))
+        found = metrics_of(target_ranks(self.scorer(self.model), *self.validation))
         return {name: float(values.mean()) for name, values in found.items()}

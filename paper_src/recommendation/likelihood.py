@@ -15,10 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paper_src import InputError
 from paper_src.data import beginning
 from paper_src.recommendation.interactions import Sequences
-from paper_src.support.caches import cache_name
 
 OPENING, BULLET = "One person's choices, in order:", "\n-"  # a title is a line, so that it ends with the next bullet
-SAME = 0.05  # nats per token: with a cache and without, likelihoods differ by rounding alone
+SAME = 0.05  # nats per token: in one row and in rows of their own, likelihoods differ by rounding alone
 
 
 def candidates_alike(
@@ -71,7 +70,7 @@ class TitleModel:
         self.bullet = ids(BULLET)
         self.opening = [*beginning(tokenizer), *ids(OPENING)]
         self.titles = [ids(f" {title}")[:longest] for title in titles]
-        self.caches: bool | None = None  # whether the prompt is read once a user; not known before the first
+        self.packs: bool | None = None  # whether a user is one row; not known before the first
         self.alone: dict[int, float] = {}  # item -> score behind no title at all
 
     def gains(self, history: Sequence[int], candidates: Sequence[int]) -> Tensor:
@@ -98,26 +97,36 @@ class TitleModel:
             prompt += [*self.bullet, *self.titles[item]]
         prompt += self.bullet
         ends = [torch.tensor([*self.titles[item], *self.bullet]) for item in candidates]
-        if self.caches is None:
-            self.caches = self._agrees(prompt, ends[:2])
-        return self._cached(prompt, ends) if self.caches else self._plain(prompt, ends)
+        if self.packs is None:
+            self.packs = self._agrees(prompt, ends)
+        return self._packed(prompt, ends) if self.packs else self._plain(prompt, ends)
 
     def _agrees(self, prompt: list[int], ends: Sequence[Tensor]) -> bool:
         try:
-            return bool((self._cached(prompt, ends) - self._plain(prompt, ends)).abs().max() < SAME)
-        except Exception:  # of the cache's class, each its own type: some cannot be repeated
+            return bool((self._packed(prompt, ends) - self._plain(prompt, ends)).abs().max() < SAME)
+        except Exception:  # of the model's class, each its own type: some take no such mask, or no places
             return False
 
-    def _cached(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
-        """The prompt once; behind a copy of its cache each candidate in a row, where padding is seen by nothing."""
-        device = self.model.device
-        read = self.model(input_ids=torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
-        kind = cache_name(read)
-        read[kind].batch_repeat_interleave(len(ends))
-        rows = pad_sequence(ends, batch_first=True)
-        more = self.model(input_ids=rows[:, :-1].to(device), use_cache=True, **{kind: read[kind]}).logits
-        first = read.logits[:, -1:].expand(len(ends), 1, -1)
-        return self._means(torch.cat([first, more], dim=1), ends)
+    def _packed(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
+        """One row for all: candidates behind one another, of which each sees the prompt and itself alone."""
+        device, length = self.model.device, len(prompt)
+        counts = torch.tensor([0, *(len(end) - 1 for end in ends)])  # the last token is foretold, not read
+        ids = torch.cat([torch.tensor(prompt), *(end[:-1] for end in ends)])  # (S,)
+        owner = torch.cat([torch.zeros(length, dtype=torch.long), torch.arange(len(counts)).repeat_interleave(counts)])
+        places = torch.cat([torch.arange(length), *(length + torch.arange(len(end) - 1) for end in ends)])
+        sees = (owner[:, None] == owner) | (owner == 0)
+        mask = torch.zeros(len(ids), len(ids), dtype=self.model.dtype)
+        mask.masked_fill_(~sees.tril(), torch.finfo(self.model.dtype).min)
+        logits = self.model(
+            input_ids=ids[None].to(device), attention_mask=mask[None, None].to(device),
+            position_ids=places[None].to(device), use_cache=False, logits_to_keep=len(ids) - length + 1,
+        ).logits[0].float()  # fmt: skip
+        log_p, starts = logits - logits.logsumexp(-1, keepdim=True), 1 + counts.cumsum(0)[:-1]
+        found = []
+        for start, end in zip(starts.tolist(), ends, strict=True):
+            rows = torch.tensor([0, *range(start, start + len(end) - 1)])  # 0: the prompt's end, before the first
+            found.append(log_p[rows.to(device), end.to(device)].mean())
+        return torch.stack(found).cpu()
 
     def _plain(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
         """Each candidate in a row of its own, behind the whole prompt."""

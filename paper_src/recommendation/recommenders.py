@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paper_src.models import count_parameters
-from paper_src.recommendation import encoders, ranking
+from paper_src.recommendation import encoders, ranking, title_pairs
 from paper_src.recommendation.encoders import Training
 from paper_src.recommendation.interactions import Interactions, Sequences, leave_last_out
 
@@ -74,9 +74,10 @@ class Trial:
 
 
 class ItemTexts(NamedTuple):
-    """A language model, its states (I, d) of the items' texts, and the seconds that these took."""
+    """A language model with its tokenizer, its states (I, d) of the items' texts, and the seconds that these took."""
 
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     states: Tensor
     seconds: float
 
@@ -113,11 +114,34 @@ def fit_no_layers(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path
     return _fit(body, encoders.item_vectors(texts.states, trial.width), users, trial, trial.training, folder)
 
 
+def fit_sasrec_texts(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
+    """The same item vectors under a small Transformer that is trained from nothing."""
+    training = replace(trial.training, body_rate=trial.training.learning_rate)
+    torch.manual_seed(training.seed)
+    body = encoders.sasrec_body(length=training.length)
+    return _fit(body, encoders.item_vectors(texts.states, trial.width), users, trial, training, folder)
+
+
+def fit_contrastive(trial: Trial, users: Sequences, texts: ItemTexts, folder: Path) -> Fitted:
+    """The language model reads histories and items as texts; no item has a vector of its own."""
+    training = replace(trial.training, learning_rate=trial.training.body_rate)  # its head starts from what it knows
+    body = copy.deepcopy(texts.model.base_model).float()
+    products = torch.bfloat16 if training.bfloat16 else torch.float32
+    model = title_pairs.TitlePairs(body, texts.tokenizer, trial.data.texts, texts.states.mean(0), training.residual,
+                                   products=products)  # fmt: skip
+    history = title_pairs.train(model, users, trial.validation, folder, training)
+    return title_pairs.as_scorer(model), _columns(model, history)
+
+
 def _fit(body: nn.Module, vectors: Tensor, users: Sequences, trial: Trial, training: Training, folder: Path) -> Fitted:
     model, history = encoders.train(body, vectors, users, trial.validation, folder, training)
+    return encoders.as_scorer(model, training.length), _columns(model, history)
+
+
+def _columns(model: nn.Module, history: list[dict[str, float]]) -> dict[str, object]:
     best = max(history, key=lambda row: row["ndcg10"])
     columns = {"seconds": history[-1]["seconds"], "epochs": best["epoch"], "valid_ndcg10": best["ndcg10"]}
-    return encoders.as_scorer(model, training.length), columns | {"parameters": count_parameters(model)}
+    return columns | {"parameters": count_parameters(model)}
 
 
 @dataclass(frozen=True)
@@ -138,4 +162,6 @@ RECOMMENDERS = {
     "frozen": Recommender("language model", fit_frozen, texts=True),
     "trained": Recommender("language model", fit_layers, texts=True, trained=True, layers=True),  # arXiv:2405.17890
     "no_layers": Recommender("control", fit_no_layers, texts=True, trained=True),
+    "sasrec_texts": Recommender("control", fit_sasrec_texts, texts=True, trained=True),
+    "contrastive": Recommender("language model", fit_contrastive, texts=True, trained=True, layers=True),
 }

@@ -24,8 +24,9 @@ FULL = ("trained", "full", "sample")  # speedups are over this row
 DESIGNS = {  # design -> row of the full model, and of the same recipe without its layers
     "trained": (FULL, ("no_layers", "full", "sample")),
     "frozen": (("frozen", "full", "none"), ("frozen", BARE, "none")),
+    "contrastive": (("contrastive", "full", "sample"), ("contrastive", BARE, "sample")),
 }
-TITLES = "titles"  # the third design, which ranks candidates
+TITLES = "titles"  # the design that ranks candidates
 RATIOS = ("share_of_full", "over_no_layers")
 KNN, POPULAR = "item_knn", "most_popular"  # rankings of candidates without a language model
 BAG = "mean_embedding"  # and by the mean of the titles' embeddings: text, but no layer
@@ -44,7 +45,7 @@ def read_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     """What ``model`` makes of all items' texts, once for all recommenders that start from that."""
     start = time.perf_counter()
     states = ranking.text_states(model, tokenizer, texts)
-    return ItemTexts(model, states, time.perf_counter() - start)
+    return ItemTexts(model, tokenizer, states, time.perf_counter() - start)
 
 
 class Contest:
@@ -117,7 +118,9 @@ class Contest:
         layers.
         """
         cut = RECOMMENDERS[method].kind == "language model" and body not in ("full", BARE)
-        without = {"trained": ("no_layers", body, train_on), "frozen": ("frozen", BARE, train_on)}
+        without = {"trained": ("no_layers", body, train_on)} | {
+            name: (name, BARE, train_on) for name in ("frozen", "contrastive")
+        }
         bases = {"share_of_full": (method, "full", train_on) if cut else None,
                  "over_no_layers": without.get(method) if body != BARE else None}  # fmt: skip
         columns, own = {}, self.ndcg10[method, body, train_on]
@@ -207,10 +210,11 @@ def t6_gate(contests: Iterable[Contest], asked: Iterable[Asked]) -> pd.DataFrame
     """t6_gate: each design on each data set, the full model over the same recipe without layers, and the verdict."""
     rows = []
     for contest, titles in zip(contests, asked, strict=True):
-        found = {name: [contest.ndcg10[key] for key in keys] for name, keys in DESIGNS.items()}
+        found = {name: [contest.ndcg10[key] for key in keys] for name, keys in DESIGNS.items()
+                 if keys[0] in contest.ndcg10}  # fmt: skip
         found[TITLES] = [titles.ndcg10(name) for name in ("full", BARE)]
         for name, (full, without) in found.items():
-            judged = gate(full, without, trained=name == "trained", seed=contest.trial.training.seed)
+            judged = gate(full, without, trained=name in ("trained", "contrastive"), seed=contest.trial.training.seed)
             row = {"dataset": contest.trial.data.name, "design": name, "ndcg10_full": full.mean()}
             rows.append(row | {"ndcg10_no_layers": without.mean(), **judged._asdict()})
     return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Titles by their likelihood: by hand, with a cache and without, candidates and their ranks."""
+"""Titles by their likelihood: by hand, in one row and in several, candidates and their ranks."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from paper_src.recommendation.likelihood import BULLET, OPENING, TitleModel, can
 ITEMS = ["Alien", "Heat 2", "Up", "The  long\ngoodbye", "Up"]
 
 
-def titles(tokenizer, family="llama", **settings):
-    return TitleModel(build_model(family), tokenizer, ITEMS, **settings)
+def titles(tokenizer, **settings):
+    return TitleModel(build_model("llama"), tokenizer, ITEMS, **settings)
 
 
 def by_hand(model, tokenizer, history, item):
@@ -46,22 +46,25 @@ def wide(monkeypatch):
         monkeypatch.setitem(CAUSAL, family, shape | {"vocab_size": 512, "max_position_embeddings": 256})
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "falcon"])
+@pytest.mark.parametrize(
+    ("family", "settings", "packs"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, True),
+        ("mistral", {"sliding_window": 256}, True),
+        ("mistral", {"sliding_window": 5}, False),  # narrower than a prompt
+        ("gemma3_text", {"sliding_window": 256}, True),
+        ("falcon", {}, True),
+        ("falcon", {"alibi": True}, False),  # which takes no places
+    ],
+)
 @torch.no_grad()
-def test_scores_are_the_models_own(tokenizer, family):
-    model = titles(tokenizer, family)
+def test_scores_are_the_models_own(tokenizer, family, settings, packs):
+    model = TitleModel(build_model(family, **settings), tokenizer, ITEMS)
     found = model.scores([0, 1], [2, 3, 4])
-    assert model.caches
+    assert model.packs == packs
     expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) for title in ("Up", "The long goodbye", "Up")]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_cache_that_cannot_be_repeated_is_done_without(tokenizer, monkeypatch):
-    plain, cached = titles(tokenizer), titles(tokenizer)
-    expected = cached.scores([0], [1, 2])
-    monkeypatch.delattr("transformers.cache_utils.Cache.batch_repeat_interleave")
-    assert plain.scores([0], [1, 2]).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-    assert (plain.caches, cached.caches) == (False, True)
 
 
 def test_candidates_do_not_see_each_other(tokenizer):
