@@ -26,10 +26,9 @@ MACHINE = ("speedup", "share_of_ideal", "_ms", "peak_memory", "seconds", "closed
            "above_ideal", "timed_as")  # fmt: skip
 ROUNDS = ("t3_rounds", "t7_rounds")  # seconds of rounds, more of them on a busy machine
 MEASURED = "speed|seconds|timed|quiet|ideal|memory|wrong|budget"  # findings that follow from them, by their names
-TRAINED = {
-    "t6": 0.1,
-    "t7": 0.1,
-}  # metrics of few users: one that flips counts a hundredth, and training carries last bits far
+# Absolute and relative tolerance where training carries the last bits of another processor far, and where a metric is
+# of few users, of whom one that flips counts a hundredth.
+TRAINED = {"t6": (0.1, 0.05), "t7": (0.1, 0.05), "t9": (0.1, 0.05)}
 STRUCTURE = NBRegressionFixture(
     exec_cwd=str(ROOT / "notebooks"),
     exec_timeout=3600,  # no test depends on how fast a machine is; this only ends a kernel that hangs
@@ -73,7 +72,8 @@ def test_tables_equal_the_baseline(notebook, results):
     for path in (path for path in tables if path.stem not in ROUNDS):
         expected, found = (_comparable(place) for place in (path, results / "tables" / path.name))
         assert list(found) == list(expected)
-        pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=TRAINED.get(path.stem[:2], 1e-6), obj=path.stem)
+        absolute, relative = TRAINED.get(path.stem[:2], (1e-6, 1e-3))
+        pd.testing.assert_frame_equal(found, expected, rtol=relative, atol=absolute, obj=path.stem)
 
 
 def test_files_are_those_of_the_graph(notebook, results):
