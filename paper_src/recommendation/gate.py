@@ -5,6 +5,7 @@ model loses nothing because there was nothing to lose; published recommenders of
 (The Elephant in the Room, arXiv:2404.08796).
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -56,11 +57,18 @@ def two_level_ratio_interval(a: np.ndarray, b: np.ndarray, seed: int = 0, draws:
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape or a.ndim != 2:
         raise InputError(f"trainings and users of {a.shape} and {b.shape}: compare the same ones")
-    rng, found = np.random.default_rng(seed), np.empty(draws)
-    for draw in range(draws):
-        trainings, users = (rng.integers(count, size=count) for count in a.shape)
-        part = np.ix_(trainings, users)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found[draw] = a[part].mean() / b[part].mean()
+    trainings, users = _counts(a.shape, seed, draws)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.divide(*((trainings * (users @ values.T)).sum(1) for values in (a, b)))  # (D,)
     low, high = np.nanquantile(found, BOUNDS)
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=2)  # every metric and row of one data set asks for the same
+def _counts(shape: tuple[int, int], seed: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """(D, S) and (D, U): how often each training and each user is in each draw."""
+    rng, found = np.random.default_rng(seed), tuple(np.empty((draws, size)) for size in shape)
+    for draw in range(draws):
+        for counts, size in zip(found, shape, strict=True):
+            counts[draw] = np.bincount(rng.integers(size, size=size), minlength=size)
+    return found

@@ -43,11 +43,25 @@ def candidates_alike(
     return np.array(rows)
 
 
+def tokens_of_titles(tokenizer: PreTrainedTokenizerBase, items: Sequence[str], longest: int) -> list[list[int]]:
+    """At most ``longest`` token ids of each title behind a space; white space in it counts as a space, so that none
+    holds a line's end.
+
+    Raises:
+        InputError: a title is empty.
+    """
+    titles = [" ".join(title.split()) for title in items]
+    if empty := [index for index, title in enumerate(titles) if not title]:
+        raise InputError(f"item {empty[0]} has an empty text: give it one")
+    ids = tokenizer([f" {title}" for title in titles], add_special_tokens=False)["input_ids"]
+    return [title[:longest] for title in ids]
+
+
 class TitleModel:
     """Log-likelihoods of titles by a causal language model.
 
     Args:
-        items: title of each item; white space in it counts as a space, so that none holds a line's end.
+        items: title of each item.
         length: last titles of a history that are read.
         longest: tokens of a title that count.
 
@@ -59,17 +73,10 @@ class TitleModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[str], length: int = 20,
         longest: int = 24,
     ):  # fmt: skip
-        titles = [" ".join(title.split()) for title in items]
-        if empty := [index for index, title in enumerate(titles) if not title]:
-            raise InputError(f"item {empty[0]} has an empty text: give it one")
         self.model, self.length = model, length
-
-        def ids(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        self.bullet = ids(BULLET)
-        self.opening = [*beginning(tokenizer), *ids(OPENING)]
-        self.titles = [ids(f" {title}")[:longest] for title in titles]
+        opening, self.bullet = tokenizer([OPENING, BULLET], add_special_tokens=False)["input_ids"]
+        self.opening = [*beginning(tokenizer), *opening]
+        self.titles = tokens_of_titles(tokenizer, items, longest)
         self.packs: bool | None = None  # whether a user is one row; not known before the first
         self.alone: dict[int, float] = {}  # item -> score behind no title at all
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from paper_src.data import beginning
 from paper_src.recommendation.encoders import Training, trained
 from paper_src.recommendation.interactions import Sequences
-from paper_src.recommendation.likelihood import BULLET
+from paper_src.recommendation.likelihood import BULLET, tokens_of_titles
 from paper_src.recommendation.ranking import Scorer
 
 PAIRS = 3  # last items of a training sequence that are each to be brought near the history before them
@@ -44,13 +44,9 @@ class TitlePairs(nn.Module):
         decay: float = 0.8, longest: int = 24, products: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__()
-
-        def ids(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
         self.body, self.decay, self.products = body, decay, products
-        self.opening, self.bullet = beginning(tokenizer), ids(BULLET)
-        self.titles = [ids(f" {' '.join(title.split())}")[:longest] for title in titles]
+        self.opening, self.bullet = beginning(tokenizer), tokenizer(BULLET, add_special_tokens=False)["input_ids"]
+        self.titles = tokens_of_titles(tokenizer, titles, longest)
         self.head = nn.Linear(len(centre), len(centre))
         with torch.no_grad():
             nn.init.eye_(self.head.weight)
