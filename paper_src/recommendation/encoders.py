@@ -145,6 +145,11 @@ class Training:
     device: str = "cpu"
     seed: int = 0  # of the order of sequences, of new weights and of dropout
 
+    @property
+    def products(self) -> torch.dtype:
+        """Of matrix products."""
+        return torch.bfloat16 if self.bfloat16 else torch.float32
+
 
 def train(
     body: nn.Module, vectors: Tensor, sequences: Sequences, validation: tuple[Sequences, np.ndarray], folder: Path,
@@ -167,8 +172,7 @@ def train(
     """
     rows = [items[-training.length - 1 :] for items in sequences if len(items) > 1]
     torch.manual_seed(training.seed)
-    products = torch.bfloat16 if training.bfloat16 else torch.float32
-    model = SequenceModel(body, vectors, training.residual, products)
+    model = SequenceModel(body, vectors, training.residual, training.products)
     examples = [{"input_ids": torch.as_tensor(items[:-1]), "labels": torch.as_tensor(items[1:])} for items in rows]
     history = trained(model, examples, _collate, lambda model: as_scorer(model, training.length), validation, folder,
                       training)  # fmt: skip

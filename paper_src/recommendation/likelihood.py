@@ -77,7 +77,7 @@ class TitleModel:
         opening, self.bullet = tokenizer([OPENING, BULLET], add_special_tokens=False)["input_ids"]
         self.opening = [*beginning(tokenizer), *opening]
         self.titles = tokens_of_titles(tokenizer, items, longest)
-        self.packs: bool | None = None  # whether a user is one row; not known before the first
+        self.packs, self.longest = True, 0  # whether a user is one row, and the longest prompt of which that is known
         self.alone: dict[int, float] = {}  # item -> score behind no title at all
 
     def gains(self, history: Sequence[int], candidates: Sequence[int]) -> Tensor:
@@ -104,8 +104,8 @@ class TitleModel:
             prompt += [*self.bullet, *self.titles[item]]
         prompt += self.bullet
         ends = [torch.tensor([*self.titles[item], *self.bullet]) for item in candidates]
-        if self.packs is None:
-            self.packs = self._agrees(prompt, ends)
+        if self.packs and len(prompt) > self.longest:  # a longer one can be wider than a model's window
+            self.packs, self.longest = self._agrees(prompt, ends[:2]), len(prompt)
         return self._packed(prompt, ends) if self.packs else self._plain(prompt, ends)
 
     def _agrees(self, prompt: list[int], ends: Sequence[Tensor]) -> bool:

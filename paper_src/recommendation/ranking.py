@@ -38,9 +38,7 @@ def target_ranks(scorer: Scorer, histories: Sequences, targets: np.ndarray, batc
     if (lengths == 0).any():
         raise InputError(f"user {lengths.argmin()} has an empty history: nothing can be recommended")
     found = np.empty(len(histories), dtype=np.int64)
-    order = np.argsort(lengths, kind="stable")  # histories of like length need little padding
-    for low in range(0, len(order), batch_size):
-        users = order[low : low + batch_size]
+    for users in alike_in_length(lengths, batch_size):
         part = [histories[user] for user in users]
         scores = scorer(part).float().cpu()
         if (broken := scores.isnan().any(1)).any():
@@ -52,6 +50,12 @@ def target_ranks(scorer: Scorer, histories: Sequences, targets: np.ndarray, batc
             raise InputError(f"user {users[int(had.nonzero()[0, 0])]} has had the target before: drop repeats")
         found[users] = (scores >= own).sum(1)
     return found
+
+
+def alike_in_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of indices, shortest first: rows of like length need little padding."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    return [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
 
 
 def metrics_of(found: np.ndarray) -> dict[str, np.ndarray]:
@@ -114,10 +118,8 @@ def text_states(
     first = torch.tensor(beginning(tokenizer), dtype=torch.long)
     if empty := [index for index, row in enumerate(ids) if len(row) == 0]:
         raise InputError(f"item {empty[0]} has an empty text: give it one")
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
-    for low in range(0, len(order), batch_size):
-        part = order[low : low + batch_size]
+    for part in alike_in_length([len(row) for row in ids], batch_size):
         lengths = torch.tensor([len(ids[index]) for index in part])
         rows = [torch.cat([first, ids[index]]) for index in part]
         states = last_hidden(model, pad_sequence(rows, batch_first=True))[:, len(first) :].float().cpu()

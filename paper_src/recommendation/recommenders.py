@@ -126,9 +126,8 @@ def fit_contrastive(trial: Trial, users: Sequences, texts: ItemTexts, folder: Pa
     """The language model reads histories and items as texts; no item has a vector of its own."""
     training = replace(trial.training, learning_rate=trial.training.body_rate)  # its head starts from what it knows
     body = copy.deepcopy(texts.model.base_model).float()
-    products = torch.bfloat16 if training.bfloat16 else torch.float32
     model = title_pairs.TitlePairs(body, texts.tokenizer, trial.data.texts, texts.states.mean(0), training.residual,
-                                   products=products)  # fmt: skip
+                                   products=training.products)  # fmt: skip
     history = title_pairs.train(model, users, trial.validation, folder, training)
     return title_pairs.as_scorer(model), _columns(model, history)
 

@@ -17,7 +17,7 @@ from paper_src.data import beginning
 from paper_src.recommendation.encoders import Training, trained
 from paper_src.recommendation.interactions import Sequences
 from paper_src.recommendation.likelihood import BULLET, tokens_of_titles
-from paper_src.recommendation.ranking import Scorer
+from paper_src.recommendation.ranking import Scorer, alike_in_length
 
 PAIRS = 3  # last items of a training sequence that are each to be brought near the history before them
 LENGTH = 10  # last titles of a history that are read
@@ -87,11 +87,9 @@ class TitlePairs(nn.Module):
         """(U, d) float32 vectors of histories; those of like length are read together."""
         self.eval()
         device, texts = self.scale.device, [self.text(items) for items in histories]
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row][0]))
         found = torch.empty(len(texts), self.head.out_features, device=device)
-        for low in range(0, len(order), batch_size):
-            rows = order[low : low + batch_size]
-            batch = _padded([texts[row] for row in rows])
+        for rows in alike_in_length([len(ids) for ids, _ in texts], batch_size):
+            batch = [pad_sequence(part, batch_first=True) for part in zip(*(texts[row] for row in rows), strict=True)]
             with torch.autocast(device.type, torch.bfloat16, enabled=self.products == torch.bfloat16):
                 found[rows] = self.vectors(*(part.to(device) for part in batch)).float()
         return found
@@ -122,11 +120,6 @@ def train(
 
 
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    ids, weights = _padded([(row["input_ids"], row["weights"]) for row in rows])
-    title_ids, title_weights = _padded([(row["title_ids"], row["title_weights"]) for row in rows])
-    return {"input_ids": ids, "weights": weights, "title_ids": title_ids, "title_weights": title_weights,
-            "items": torch.stack([row["items"] for row in rows])}  # fmt: skip
-
-
-def _padded(texts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return tuple(pad_sequence(part, batch_first=True) for part in zip(*texts, strict=True))
+    texts = [name for name in rows[0] if name != "items"]
+    padded = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in texts}
+    return padded | {"items": torch.stack([row["items"] for row in rows])}

@@ -46,16 +46,18 @@ def mixed_blocks(
     """
     owners = [texts[index % len(texts)] for index in range(count)]
     wanted = Counter(owners)
-    parts = {text: as_many(tokenizer, text, share, length, seed) for text, share in wanted.items()}
-    for text, share in wanted.items():
+    first, *others = wanted
+    parts = {text: as_many(tokenizer, text, wanted[text], length, seed) for text in others}
+    parts[first] = as_many(tokenizer, first, count - sum(map(len, parts.values())), length, seed)
+    for text in others:
         missing = count - sum(map(len, parts.values()))
-        if missing and len(parts[text]) == share:
-            more = as_many(tokenizer, text, share + missing, length, seed)
+        if missing and len(parts[text]) == wanted[text]:
+            more = as_many(tokenizer, text, wanted[text] + missing, length, seed)
             parts[text] = max(parts[text], more, key=len)
     if missing := count - sum(map(len, parts.values())):
         raise InputError(f"the texts hold {count - missing} of {count} blocks of {length} tokens: ask for fewer or "
                          "shorter blocks, or give more text")  # fmt: skip
-    left = {text: iter(blocks) for text, blocks in parts.items()}
+    left = {text: iter(parts[text]) for text in wanted}
     found = [next(left[text], None) for text in owners]
     rest = itertools.chain(*left.values())
     return torch.stack([next(rest) if block is None else block for block in found])

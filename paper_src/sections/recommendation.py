@@ -118,11 +118,9 @@ class Contest:
         layers.
         """
         cut = RECOMMENDERS[method].kind == "language model" and body not in ("full", BARE)
-        without = {"trained": ("no_layers", body, train_on)} | {
-            name: (name, BARE, train_on) for name in ("frozen", "contrastive")
-        }
-        bases = {"share_of_full": (method, "full", train_on) if cut else None,
-                 "over_no_layers": without.get(method) if body != BARE else None}  # fmt: skip
+        bases: dict[str, tuple | None] = {"share_of_full": (method, "full", train_on) if cut else None}
+        recipe, reader, _ = DESIGNS[method][1] if method in DESIGNS and body != BARE else (None, None, None)
+        bases["over_no_layers"] = (recipe, BARE if reader == BARE else body, train_on)
         columns, own = {}, self.ndcg10[method, body, train_on]
         for name, base in bases.items():
             columns |= ratio(name, own, self.ndcg10.get(base), self.trial.training.seed)
@@ -214,7 +212,8 @@ def t6_gate(contests: Iterable[Contest], asked: Iterable[Asked]) -> pd.DataFrame
                  if keys[0] in contest.ndcg10}  # fmt: skip
         found[TITLES] = [titles.ndcg10(name) for name in ("full", BARE)]
         for name, (full, without) in found.items():
-            judged = gate(full, without, trained=name in ("trained", "contrastive"), seed=contest.trial.training.seed)
+            trained = name in RECOMMENDERS and RECOMMENDERS[name].trained
+            judged = gate(full, without, trained, seed=contest.trial.training.seed)
             row = {"dataset": contest.trial.data.name, "design": name, "ndcg10_full": full.mean()}
             rows.append(row | {"ndcg10_no_layers": without.mean(), **judged._asdict()})
     return pd.DataFrame(rows)

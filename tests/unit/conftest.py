@@ -1,11 +1,12 @@
 """Tiny random models of many families, a byte-level tokenizer and token blocks, all without a network."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from paper_src import InputError
 
@@ -107,6 +108,19 @@ def make_blocks():
         return torch.randint(3, vocab, (count, length), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def words():
+    """The tokenizer of the tiny model, 512 tokens."""
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "data" / "tiny-llama")
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Models of ``build_model`` with room for the vocabulary of ``words`` and for a prompt."""
+    for family, shape in CAUSAL.items():
+        monkeypatch.setitem(CAUSAL, family, shape | {"vocab_size": 512, "max_position_embeddings": 256})
 
 
 @pytest.fixture

@@ -1,30 +1,28 @@
 """Titles by their likelihood: by hand, in one row and in several, candidates and their ranks."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, build_model
-from transformers import AutoTokenizer
+from conftest import build_model
 
 from paper_src.baselines.control import without_layers
 from paper_src.recommendation.likelihood import BULLET, OPENING, TitleModel, candidates_alike, ranks_within
 
+pytestmark = pytest.mark.usefixtures("wide")
 ITEMS = ["Alien", "Heat 2", "Up", "The  long\ngoodbye", "Up"]
 
 
-def titles(tokenizer, **settings):
-    return TitleModel(build_model("llama"), tokenizer, ITEMS, **settings)
+def titles(words, **settings):
+    return TitleModel(build_model("llama"), words, ITEMS, **settings)
 
 
-def by_hand(model, tokenizer, history, item):
+def by_hand(model, words, history, item):
     """The mean log-likelihood of a title's tokens and the next bullet, from logits of the whole text."""
 
     def ids(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return words(text, add_special_tokens=False)["input_ids"]
 
-    begun = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    begun = [words.bos_token_id] if words("a")["input_ids"][0] == words.bos_token_id else []
     prompt = begun + ids(OPENING)
     for title in history:
         prompt += ids(BULLET) + ids(f" {title}")
@@ -32,18 +30,6 @@ def by_hand(model, tokenizer, history, item):
     end = ids(f" {item}") + ids(BULLET)
     log_p = model(torch.tensor([prompt + end])).logits[0].log_softmax(-1)
     return float(sum(log_p[len(prompt) + n - 1, token] for n, token in enumerate(end)) / len(end))
-
-
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "data" / "tiny-llama")
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """Tiny models with room for the tokenizer's vocabulary and for a prompt."""
-    for family, shape in CAUSAL.items():
-        monkeypatch.setitem(CAUSAL, family, shape | {"vocab_size": 512, "max_position_embeddings": 256})
 
 
 @pytest.mark.parametrize(
@@ -59,46 +45,57 @@ def wide(monkeypatch):
     ],
 )
 @torch.no_grad()
-def test_scores_are_the_models_own(tokenizer, family, settings, packs):
-    model = TitleModel(build_model(family, **settings), tokenizer, ITEMS)
+def test_scores_are_the_models_own(words, family, settings, packs):
+    model = TitleModel(build_model(family, **settings), words, ITEMS)
     found = model.scores([0, 1], [2, 3, 4])
     assert model.packs == packs
-    expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) for title in ("Up", "The long goodbye", "Up")]
+    expected = [by_hand(model.model, words, ITEMS[:2], title) for title in ("Up", "The long goodbye", "Up")]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_candidates_do_not_see_each_other(tokenizer):
-    model = titles(tokenizer)
+@torch.no_grad()
+def test_a_prompt_that_is_longer_than_the_window_has_rows_of_its_own(words):
+    model = TitleModel(build_model("mistral", sliding_window=48), words, ITEMS)
+    model.read_alone([3])
+    assert model.packs
+    found = model.scores([0, 1, 2, 3], [2, 4])
+    assert not model.packs
+    expected = by_hand(model.model, words, [*ITEMS[:3], "The long goodbye"], "Up")
+    assert found.tolist() == pytest.approx([expected] * 2, abs=1e-4)
+
+
+def test_candidates_do_not_see_each_other(words):
+    model = titles(words)
     alone = [float(model.scores([0], [item])[0]) for item in (1, 2, 3)]
     assert model.scores([0], [1, 2, 3]).tolist() == pytest.approx(alone, abs=1e-5)
 
 
-def test_only_the_last_titles_and_the_first_tokens_count(tokenizer):
-    short = titles(tokenizer, length=1, longest=3)
+def test_only_the_last_titles_and_the_first_tokens_count(words):
+    short = titles(words, length=1, longest=3)
     assert torch.equal(short.scores([0, 1], [2]), short.scores([1], [2]))
     assert max(map(len, short.titles)) == 3
-    assert not torch.allclose(titles(tokenizer).scores([0, 1], [2]), titles(tokenizer).scores([1], [2]))
+    assert not torch.allclose(titles(words).scores([0, 1], [2]), titles(words).scores([1], [2]))
 
 
-def test_an_empty_title_is_refused(tokenizer, refused):
+def test_an_empty_title_is_refused(words, refused):
     with refused("item 1 has an empty text"):
-        TitleModel(build_model("llama"), tokenizer, ["Alien", " \n "])
+        TitleModel(build_model("llama"), words, ["Alien", " \n "])
 
 
 @torch.no_grad()
-def test_gains_are_by_hand_and_none_without_layers(tokenizer):
-    model = titles(tokenizer)
+def test_gains_are_by_hand_and_none_without_layers(words):
+    model = titles(words)
     found = model.gains([0, 1], [2, 3])
-    expected = [by_hand(model.model, tokenizer, ITEMS[:2], title) - by_hand(model.model, tokenizer, [], title)
+    expected = [by_hand(model.model, words, ITEMS[:2], title) - by_hand(model.model, words, [], title)
                 for title in ("Up", "The long goodbye")]  # fmt: skip
     assert found.tolist() == pytest.approx(expected, abs=2e-4)
     assert found.abs().max() > 1e-3
-    bare = TitleModel(without_layers(model.model), tokenizer, ITEMS)
+    bare = TitleModel(without_layers(model.model), words, ITEMS)
     assert bare.gains([0, 1], [2, 3]).tolist() == [0, 0]  # without layers no token sees another
 
 
-def test_titles_alone_are_read_once(tokenizer, monkeypatch):
-    model = titles(tokenizer)
+def test_titles_alone_are_read_once(words, monkeypatch):
+    model = titles(words)
     model.read_alone([2, 3, 2, 1], batch_size=2)
     assert sorted(model.alone) == [1, 2, 3]
     expected = model.scores([0], [1, 3]) - torch.tensor([model.alone[1], model.alone[3]])
