@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from paper_src import data, distillation, fidelity, models, recovery, stats
 from paper_src.compaction import compact
-from paper_src.reporting.findings import Findings, ends
+from paper_src.reporting.findings import Findings, ends, spread
 from paper_src.sections.judge import as_many
 from paper_src.selection import kept_tuple
 
@@ -85,6 +85,9 @@ def findings(table):
     found.add(source, f"cosine_{end}", *ends(row, "cosine"), unit="cosine", n=row["n_windows"])
     found.add(source, f"ppl_ratio_{end}", *ends(row, "ppl_ratio"), unit="perplexity / full", n=row["n_windows"])
     found.add(source, f"ppl_ratio_mean_{end}", mean["ppl_ratio"], unit="perplexity / full, all kinds")
+    others = first["cosine"].iloc[1:].dropna()
+    found.add(source, "cosine_other_kinds", *spread(others), unit="cosine: median and range over other kinds of text",
+              n=len(others))  # fmt: skip
     found.add(source, "gpu_test_windows", row["n_windows"], unit="windows of n tokens", n=row["window_tokens"])
     found.add(source, "gpu_generated_tokens", row["generated_tokens"], unit="tokens", n=row["distinct_tokens"])
     return found.frame()

@@ -119,7 +119,7 @@ def size_rows(read: Read) -> list[dict]:
 
 
 def fidelity_rows(read: Read) -> list[dict]:
-    """At each k what validation text chose, the recommended selection, and the mean of random selections."""
+    """At each k what validation text chose, the report's selection, and the mean of random selections."""
     table = read("t4_fidelity")
     wanted = [(table["strategy"] == "chosen"), (table["strategy"] == "distributed") & (table["score"] == "combined"),
               (table["strategy"] == "random")]  # fmt: skip
@@ -128,7 +128,7 @@ def fidelity_rows(read: Read) -> list[dict]:
 
 
 def recovery_rows(read: Read) -> list[dict]:
-    """Every stage of repair at every k, and the recommended selection."""
+    """Every stage of repair at every k, and the report's selection."""
     table = read("t5_recovery")
     table = table[~table["selection"].isin(["full", "trivial"])]
     return table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
@@ -195,7 +195,8 @@ def differing_rows(read: Read) -> list[dict]:
 
 def across(models: Sequence[dict], rows: Sequence[dict]) -> dict[str, object]:
     """What holds on all models: least and most perplexity ratios after distillation at the largest and smallest k,
-    and whether the layers chosen beat the recommended selection on each; empty where there is one model alone.
+    on the first kind of text and over all, and whether the layers chosen beat the report's selection on each; empty
+    where there is one model alone.
     """
     if not models:
         return {}
@@ -203,8 +204,9 @@ def across(models: Sequence[dict], rows: Sequence[dict]) -> dict[str, object]:
     for end, pick in (("largest", max), ("smallest", min)):
         at = [pick((row for row in rows if row["model"] == model["model"]), key=lambda row: row["k"])
               for model in models]  # fmt: skip
-        repaired = [row["distilled"]["ppl_ratio"] for row in at]
-        found |= {f"least_{end}": min(repaired), f"most_{end}": max(repaired)}
+        for name, column in (("", "ppl_ratio"), ("mean_", "ppl_ratio_mean")):
+            repaired = [row["distilled"][column] for row in at]
+            found |= {f"least_{name}{end}": min(repaired), f"most_{name}{end}": max(repaired)}
     found["closed_form_helps"] = all(row["closed_form"]["ppl_ratio"] < row["cut"]["ppl_ratio"] for row in rows)
     found["chosen_wins"] = all(row["ppl_ratio_chosen"] < row["ppl_ratio_distributed"] for row in models)
     return found

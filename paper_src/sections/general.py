@@ -14,7 +14,7 @@ from scipy.stats import hypergeom
 
 from paper_src import InputError
 from paper_src.reporting.claims import judge, read_claims
-from paper_src.reporting.findings import NAN, Finding, load
+from paper_src.reporting.findings import LARGER, NAN, Finding, load
 from paper_src.reporting.style import BLUE, GREEN, ORANGE, PURPLE, RED, STYLE
 from paper_src.scoring import SCORES
 
@@ -150,10 +150,13 @@ def t9_model_depths(runs: Sequence[Run]) -> pd.DataFrame:
 def t9_model_claims(runs: Sequence[Run]) -> pd.DataFrame:
     """A row a claim: its verdict on each model by that run's own tables, and whether it ``differs`` between them.
 
-    What was not run on a model is ``not testable`` there, and makes no difference.
+    What was not run on a model is ``not testable`` there, and makes no difference. Claims of a run with a larger
+    budget alone are left out.
     """
     rows = []
     for claim in read_claims():
+        if claim.folder in LARGER:
+            continue
         verdicts = {run.name: judge(claim, run.found)[0] for run in runs}
         decided = set(verdicts.values()) - {"not testable"}
         rows.append({"name": claim.name, **verdicts, "differs": len(decided) > 1})

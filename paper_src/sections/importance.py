@@ -1,7 +1,6 @@
 """Section 1: what the scores say of each layer, and whether they have converged; what a layer is worth is in worth."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations, product
 
 import matplotlib
@@ -17,6 +16,7 @@ from paper_src.reporting import reported
 from paper_src.reporting.findings import Findings, Read, ends
 from paper_src.reporting.style import BLUE, STYLE
 from paper_src.scoring import SCORES, LayerScores, pass_name, title
+from paper_src.sections.formulas import FORMULAS, combined
 from paper_src.sections.searches import SHARE, overlap_of
 from paper_src.sections.worth import CAUSAL, redrawn, redrawn_score, tau_of, taus
 from paper_src.selection import top_k
@@ -141,36 +141,6 @@ def f1_agreement(agreement: pd.DataFrame) -> Figure:
     return figure
 
 
-def _unit(values: pd.Series) -> pd.Series:
-    return (values - values.min()) / (values.max() - values.min())
-
-
-@dataclass(frozen=True)
-class Formula:
-    """One way to combine Fisher information, gradient norm and an activation statistic to one score."""
-
-    words: str
-    function: Callable[[pd.DataFrame], pd.Series]  # of the three columns, all positive
-    statistic: str = "activation_variance"
-
-
-def _mean_of_logs(parts: pd.DataFrame) -> pd.Series:
-    return np.log(parts).apply(_unit).mean(axis=1)
-
-
-FORMULAS = {
-    "log_min_max": Formula("mean of the logarithms, each scaled to [0, 1]; `combined`", _mean_of_logs),
-    "min_max": Formula("mean of the values, each scaled to [0, 1]", lambda parts: parts.apply(_unit).mean(axis=1)),
-    "z_score": Formula("mean of the values, each less its mean, over its standard deviation",
-                       lambda parts: ((parts - parts.mean()) / parts.std()).mean(axis=1)),
-    "ranks": Formula("mean of the ranks", lambda parts: parts.rank().mean(axis=1)),
-    "product": Formula("product of the values", lambda parts: np.log(parts).sum(axis=1)),
-    "largest": Formula("largest of the values, each scaled to [0, 1]", lambda parts: parts.apply(_unit).max(axis=1)),
-    "log_min_max_mean_abs": Formula("as the first, with mean size of activation", _mean_of_logs, "activation_mean_abs"),
-    "log_min_max_kurtosis": Formula("as the first, with the kurtosis", _mean_of_logs, "activation_kurtosis"),
-}  # fmt: skip
-
-
 def reported_pattern(depth: int) -> set[int]:
     """The earlier report's ten best layers, carried over to ``depth`` layers."""
     return set(reported.at_depth(tuple(reported.TOP10), depth))
@@ -185,7 +155,7 @@ def t1_combined(importance: pd.DataFrame) -> pd.DataFrame:
     """
     pattern, rows = reported_pattern(len(importance)), []
     for name, formula in FORMULAS.items():
-        score = formula.function(importance[["fisher", "grad_norm", formula.statistic]])
+        score = combined(importance, formula)
         best = score.nlargest(len(pattern)).index
         row = {"formula": name, "words": formula.words, "statistic": formula.statistic,
                "pattern": len(pattern & {*best}), "n": len(pattern)}  # fmt: skip

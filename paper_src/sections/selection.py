@@ -15,8 +15,9 @@ from paper_src.reporting import reported
 from paper_src.reporting.findings import Findings, Read
 from paper_src.reporting.style import BLUE, GREY, ORANGE, RED, STYLE
 from paper_src.scoring import passes, title
+from paper_src.sections.formulas import FORMULAS, combined
 from paper_src.sections.searches import stability
-from paper_src.selection import STRATEGIES, KeptLayers, kept_text, kept_tuple
+from paper_src.selection import STRATEGIES, KeptLayers, distributed, kept_text, kept_tuple
 
 COST = ["evaluations", "forward_tokens", "seconds"]
 SEARCH = ["objective", *COST]
@@ -230,6 +231,7 @@ def t2_findings(read: Read, seed: int = 0) -> pd.DataFrame:
         inside = len(expected & set(kept_tuple(own[score])))
         found.add("t2_selection", f"recommended_{score}", inside, n=min(len(expected), smallest), unit="layers",
                   test="count", text=own[score].replace(" ", ", "))  # fmt: skip
+    _by_formula(found, read("t1_importance"), expected, smallest)
     best = strategies[strategies["chosen"]].set_index("k")
     for role, k in (("smallest", best.index.min()), ("largest", best.index.max())):
         row = best.loc[k]
@@ -244,3 +246,13 @@ def t2_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     )
     stability(found, read("t2_overlap"))
     return found.frame()
+
+
+def _by_formula(found: Findings, importance: pd.DataFrame, expected: set[int], k: int) -> None:
+    """Adds the fewest and the most of the reported layers that are selected by any formula of a combined score."""
+    inside = {name: len(expected & {*distributed(combined(importance, formula), k)})
+              for name, formula in FORMULAS.items()}  # fmt: skip
+    for end, pick in (("least", min), ("most", max)):
+        name = pick(inside, key=inside.get)
+        found.add("t1_importance", f"recommended_combined_{end}", inside[name], n=min(len(expected), k), unit="layers",
+                  test="count", text=name)  # fmt: skip

@@ -1,11 +1,16 @@
-"""Findings: how they are collected, read back and printed; those of section 3 counted by hand."""
+"""Findings: how they are collected, read back and printed; some of sections 2 and 3 counted by hand."""
+
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from paper_src import InputError
+from paper_src.reporting import reported
 from paper_src.reporting.findings import COLUMNS, NAN, Finding, Findings, ends, load, number, spread
-from paper_src.sections import compaction
+from paper_src.sections import compaction, selection
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_collected_and_read_back():
@@ -63,8 +68,8 @@ def test_intervals_of_speed_are_order_statistics_of_the_rounds():
     smallest = found.loc["speedup_smallest"]
     assert smallest[["value", "lo", "hi", "n"]].tolist() == [4.1, 3.0, 4.4, 9]
     assert smallest["test"] == "order statistics of rounds"
-    # over workloads: the median of both medians, and the outermost ends; three rounds have their range
-    assert found.loc["speedup_smallest_any", ["value", "lo", "hi", "n"]].tolist() == [(4.1 + 2.5) / 2, 2.0, 4.4, 3]
+    # over the two workloads: the median of their medians, and their range
+    assert found.loc["speedup_smallest_any", ["value", "lo", "hi", "n"]].tolist() == [(4.1 + 2.5) / 2, 2.5, 4.1, 2]
     assert found.loc["timed_quietly_smallest", ["value", "n", "test"]].tolist() == [1, 2, "count"]
     # the arithmetic allows 3.9 everywhere: an interval of 3 to 4.4 holds it, one of 5 does not
     assert found.loc["prefill_above_ideal", ["value", "n"]].tolist() == [1, 2]
@@ -83,3 +88,24 @@ def test_the_speed_range_is_of_the_reported_compression_alone(depth, ks, inside)
     if inside:
         assert found.loc["reported_compression_k", "text"] == inside
         assert found.loc["speedup_reported_compression_any", "hi"] == 10.0 / int(inside.split(", ")[0])
+
+
+@pytest.mark.parametrize(("best", "inside"), [("expected", 7), ("others", 0)])
+def test_the_reported_selection_under_every_formula(best, inside):
+    """Where all parts of a combined score agree, all formulas do: they find all of the reported layers, or none.
+
+    But for one: carried over to 30 layers, three of them are in the first quarter, of which two layers are kept.
+    """
+
+    def read(name):
+        table = pd.read_csv(ROOT / f"tables/{name}.csv")
+        if name == "t1_importance":
+            expected = reported.at_depth(reported.RECOMMENDED, len(table))
+            score = pd.Series([1.0 + ((layer in expected) == (best == "expected")) for layer in table.index])
+            parts = ["fisher", "grad_norm", "activation_variance", "activation_mean_abs", "activation_kurtosis"]
+            table = table.assign(**dict.fromkeys(parts, score + table.index / 100))
+        return table
+
+    found = selection.t2_findings(read).set_index("name")
+    ends = found.loc[["recommended_combined_least", "recommended_combined_most"]]
+    assert ends["value"].tolist() == [inside, inside] and ends["n"].tolist() == [8, 8]

@@ -14,7 +14,7 @@ from paper_src.compaction import compact
 from paper_src.layers import StandIn
 from paper_src.models import decoder_layers
 from paper_src.scoring import SCORES, LayerScores
-from paper_src.sections import importance, worth
+from paper_src.sections import formulas, importance, worth
 
 
 class Linear(StandIn):
@@ -125,9 +125,9 @@ def test_formulas_by_hand_on_three_layers():
         "product": np.log([4, 2e5, 1e4]),
         "z_score": sum((column - column.mean()) / column.std(ddof=1) for column in parts.to_numpy().T) / 3,
     }
-    assert set(expected) == set(importance.FORMULAS)
+    assert set(expected) == set(formulas.FORMULAS)
     for name, values in expected.items():
-        np.testing.assert_allclose(importance.FORMULAS[name].function(parts), values, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(formulas.FORMULAS[name].function(parts), values, rtol=1e-12, err_msg=name)
 
 
 def test_patterns_under_the_formulas(monkeypatch):
