@@ -105,7 +105,7 @@ def measure_groups(
 
 
 def headline(selection: pd.DataFrame) -> pd.DataFrame:
-    """Rows of t2_selection that a verdict names: at each k that was searched ``chosen``, and the recommended one."""
+    """Rows of t2_selection that a verdict names: at each k that was searched ``chosen``, and the report's strategy."""
     chosen = selection[selection["strategy"] == "chosen"]
     strategy, score = RECOMMENDED
     own = selection[(selection["strategy"] == strategy) & (selection["score"] == score)]

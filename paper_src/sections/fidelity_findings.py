@@ -74,7 +74,7 @@ def _quality(found: Findings, source: str, role: str, row: pd.Series, windows: p
 
 
 def _two_rows(found: Findings, rows: dict[str, pd.Series], windows: pd.DataFrame, seed: int) -> None:
-    """Adds the recommended selection against the chosen one, and its cosine against a constant's."""
+    """Adds the selection by the report's strategy against the chosen one, and its cosine against a constant's."""
     text, names = rows["chosen"]["text"], {role: _windows_row(row) for role, row in rows.items()}
     loss = _compared(windows, text, names["recommended"], names["chosen"], seed, "nll_nats")
     found.add("t4_windows", "ppl_recommended_over_chosen", *loss.ratio(), unit="times the perplexity", n=loss.n,

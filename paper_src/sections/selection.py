@@ -216,9 +216,9 @@ def f2_strategies(strategies: pd.DataFrame) -> Figure:
     return figure
 
 
-def t2_findings(read: Read, seed: int = 0) -> pd.DataFrame:
+def t2_findings(read: Read, seed: int = 0, regions: int = 4) -> pd.DataFrame:
     """t2_findings: how many of the reported layers are selected here, what validation text chooses, and how far
-    searches repeat. All are counts or read off; nothing is drawn with ``seed``.
+    searches repeat. All are counts or read off; nothing is drawn with ``seed``. ``regions``: of the depth.
     """
     table, strategies, found = read("t2_selection"), read("t2_strategies"), Findings()
     depth = len(read("t1_importance"))
@@ -231,7 +231,7 @@ def t2_findings(read: Read, seed: int = 0) -> pd.DataFrame:
         inside = len(expected & set(kept_tuple(own[score])))
         found.add("t2_selection", f"recommended_{score}", inside, n=min(len(expected), smallest), unit="layers",
                   test="count", text=own[score].replace(" ", ", "))  # fmt: skip
-    _by_formula(found, read("t1_importance"), expected, smallest)
+    _by_formula(found, read("t1_importance"), expected, smallest, regions)
     best = strategies[strategies["chosen"]].set_index("k")
     for role, k in (("smallest", best.index.min()), ("largest", best.index.max())):
         row = best.loc[k]
@@ -248,9 +248,9 @@ def t2_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     return found.frame()
 
 
-def _by_formula(found: Findings, importance: pd.DataFrame, expected: set[int], k: int) -> None:
+def _by_formula(found: Findings, importance: pd.DataFrame, expected: set[int], k: int, regions: int) -> None:
     """Adds the fewest and the most of the reported layers that are selected by any formula of a combined score."""
-    inside = {name: len(expected & {*distributed(combined(importance, formula), k)})
+    inside = {name: len(expected & {*distributed(combined(importance, formula), k, regions)})
               for name, formula in FORMULAS.items()}  # fmt: skip
     for end, pick in (("least", min), ("most", max)):
         name = pick(inside, key=inside.get)
