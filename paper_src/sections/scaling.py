@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, NullFormatter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -104,6 +104,9 @@ def f5_scaling(scaling: pd.DataFrame, laws: pd.DataFrame) -> Figure:
                 axis.errorbar(part["training_tokens"], part[metric], spread, fmt=marks[k], ms=4, label=label,
                               color=COLOURS.get(start, PURPLE))  # fmt: skip
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.xaxis.set_major_formatter(EngFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("tokens of training, each pass counted")
         for law in laws.to_dict("records"):
             part = scaling[(scaling["k"] == law["k"]) & (scaling["selection"] == law["selection"])]

@@ -6,7 +6,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 DEPTH, VOCAB, LONGEST = 8, 96, 64
 # attributes of configurations -> their value in a tiny model
 SIZES = [
-    (VOCAB, "vocab_size vocab_size_per_layer_input"),
+    (VOCAB, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
     (LONGEST, "max_position_embeddings n_positions n_ctx max_seq_len block_size"),
     (DEPTH, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"),
     (32, "hidden_size d_model n_embd embed_dim word_embed_proj_dim embedding_size attention_hidden_size lru_width "

@@ -138,7 +138,7 @@ def test_the_summary_compares_models_where_there_are_several(other):
     assert "on 2 models, three quarters" in told
     assert f"a quarter {depths.min():.1f} to {depths.max():.1f}; over all kinds of text" in told
     means = made_of(two)["t9_model_depths"].query("stage == 'distilled' and k == 8")["ppl_ratio_mean"]
-    assert f"and {means.min():.1f} to {means.max():.1f} (their budgets differ). On all of them a closed form" in told
+    assert f"and {means.min():.1f} to {means.max():.1f} (the models' budgets differ). On all of them" in told
     for language, verdict in (("en", "*not reproduced*"), ("zh-CN", "*未复现*")):
         found = text(two, language).split("## 9.")[1]
         assert "| other-model | 30 | 134,515,008 | `block_influence` 0.68 |" in found
