@@ -106,7 +106,7 @@ def main() -> None:
             rows[name] = row_of(name)
             ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
             print(name, rows[name]["built"] or cut_of(rows[name]), flush=True)
-    TABLE.write_text(table(rows), encoding="utf-8")
+    TABLE.write_text(table(dict(sorted(rows.items()))), encoding="utf-8")
 
 
 if __name__ == "__main__":
