@@ -119,7 +119,7 @@ def size_rows(read: Read) -> list[dict]:
 
 
 def fidelity_rows(read: Read) -> list[dict]:
-    """At each k what validation text chose, the report's selection, and the mean of random selections."""
+    """At each k what validation text chose, what the report's strategy does, and the mean of random selections."""
     table = read("t4_fidelity")
     wanted = [(table["strategy"] == "chosen"), (table["strategy"] == "distributed") & (table["score"] == "combined"),
               (table["strategy"] == "random")]  # fmt: skip
@@ -128,19 +128,21 @@ def fidelity_rows(read: Read) -> list[dict]:
 
 
 def recovery_rows(read: Read) -> list[dict]:
-    """Every stage of repair at every k, and the report's selection."""
+    """Every stage of repair at every k, of the searched layers and those of the report's strategy."""
     table = read("t5_recovery")
     table = table[~table["selection"].isin(["full", "trivial"])]
     return table.sort_values(["k", "selection"], ascending=[False, False], kind="stable").to_dict("records")
 
 
 def gpu_rows(read: Read) -> list[dict]:
-    """A row a start of the run on a GPU: the first kind of text, with the mean over all kinds beside it."""
-    table = read("gpu/t5_recovery")
-    keys = ["selection", "tokens"]
-    mean = table[table["text"] == "mean of all"].set_index(keys)["ppl_ratio"]
-    first = table.drop_duplicates(keys)
-    return [{**row, "ppl_ratio_mean": mean[row["selection"], row["tokens"]]} for row in first.to_dict("records")]
+    """A row a start of the run on a GPU: the first kind of text, with the mean over all kinds beside it and, as
+    ``searched``, the row of the searched layers after as many tokens.
+    """
+    table, keys = read("gpu/t5_recovery"), ["selection", "tokens"]
+    mean = table[table["text"] == "mean of all"].set_index(keys)["ppl_ratio"].rename("ppl_ratio_mean")
+    rows = table.drop_duplicates(keys).join(mean, on=keys).to_dict("records")
+    searched = {row["tokens"]: row for row in rows if row["selection"] == "selected"}
+    return [{**row, "searched": searched.get(row["tokens"])} for row in rows]
 
 
 def title_rows(read: Read) -> list[dict]:
@@ -195,7 +197,7 @@ def differing_rows(read: Read) -> list[dict]:
 
 def across(models: Sequence[dict], rows: Sequence[dict]) -> dict[str, object]:
     """What holds on all models: least and most perplexity ratios after distillation at the largest and smallest k,
-    on the first kind of text and over all, and whether the layers chosen beat the report's selection on each; empty
+    on the first kind of text and over all, and whether the layers chosen beat the report's strategy on each; empty
     where there is one model alone.
     """
     if not models:

@@ -154,9 +154,7 @@ def t9_model_claims(runs: Sequence[Run]) -> pd.DataFrame:
     budget alone are left out.
     """
     rows = []
-    for claim in read_claims():
-        if claim.folder in LARGER:
-            continue
+    for claim in (claim for claim in read_claims() if claim.folder not in LARGER):
         verdicts = {run.name: judge(claim, run.found)[0] for run in runs}
         decided = set(verdicts.values()) - {"not testable"}
         rows.append({"name": claim.name, **verdicts, "differs": len(decided) > 1})

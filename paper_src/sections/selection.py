@@ -220,8 +220,8 @@ def t2_findings(read: Read, seed: int = 0, regions: int = 4) -> pd.DataFrame:
     """t2_findings: how many of the reported layers are selected here, what validation text chooses, and how far
     searches repeat. All are counts or read off; nothing is drawn with ``seed``. ``regions``: of the depth.
     """
-    table, strategies, found = read("t2_selection"), read("t2_strategies"), Findings()
-    depth = len(read("t1_importance"))
+    table, strategies, importance = (read(name) for name in ("t2_selection", "t2_strategies", "t1_importance"))
+    found, depth = Findings(), len(importance)
     expected = set(reported.at_depth(reported.RECOMMENDED, depth))
     smallest = table["k"].min()
     found.add("t2_selection", "k_smallest", smallest, unit="layers")
@@ -231,7 +231,7 @@ def t2_findings(read: Read, seed: int = 0, regions: int = 4) -> pd.DataFrame:
         inside = len(expected & set(kept_tuple(own[score])))
         found.add("t2_selection", f"recommended_{score}", inside, n=min(len(expected), smallest), unit="layers",
                   test="count", text=own[score].replace(" ", ", "))  # fmt: skip
-    _by_formula(found, read("t1_importance"), expected, smallest, regions)
+    _by_formula(found, importance, expected, smallest, regions)
     best = strategies[strategies["chosen"]].set_index("k")
     for role, k in (("smallest", best.index.min()), ("largest", best.index.max())):
         row = best.loc[k]

@@ -103,10 +103,10 @@ def main() -> None:
     rows = json.loads(ROWS.read_text()) if ROWS.is_file() else {}
     for name in sorted(configurations()):
         if name not in rows:
-            rows[name] = row_of(name)
-            ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+            rows = dict(sorted({**rows, name: row_of(name)}.items()))
+            ROWS.write_text(json.dumps(rows, indent=1) + "\n")
             print(name, rows[name]["built"] or cut_of(rows[name]), flush=True)
-    TABLE.write_text(table(dict(sorted(rows.items()))), encoding="utf-8")
+    TABLE.write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
