@@ -142,10 +142,12 @@ run() {
   if [[ "$results" =~ ^results/(laptop|long)$ ]]; then publish "$results"; fi
 }
 
-# Copies results to the top and makes from them what stands there alone.
+# Copies results to the top and makes from them the page that stands there, if anything it shows is newer.
 publish() {
   "$python" -m paper_src.reporting publish "$1"
-  "$python" -m paper_src.reporting page . report/index.html
+  local newer; newer=$(find tables figures SUMMARY.md notebooks/*.ipynb paper_src -name __pycache__ -prune -o \
+    -newer report/index.html -print -quit 2>/dev/null) || true
+  [ -f report/index.html ] && [ -z "$newer" ] || "$python" -m paper_src.reporting page . report/index.html
 }
 
 check() {

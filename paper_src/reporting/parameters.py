@@ -1,20 +1,21 @@
 """What parameters a notebook declares, and what a profile gives it: unknown names and wrong types are errors."""
 
+import ast
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import papermill
 import yaml
 
 from paper_src import InputError
+from paper_src.reporting.graph import code_of
 
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
 
 
 def declared(notebook: Path) -> dict[str, str]:
     """Parameters that a notebook declares: name -> type name, from its cell tagged ``parameters``."""
-    found = papermill.inspect_notebook(str(notebook))
-    return {name: entry["inferred_type_name"] for name, entry in found.items()}
+    lines = ast.parse(code_of(notebook, tag="parameters")).body
+    return {line.target.id: ast.unparse(line.annotation) for line in lines if isinstance(line, ast.AnnAssign)}
 
 
 def check_types(types: Mapping[str, str], values: Mapping[str, object]) -> Iterable[str]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -36,16 +35,12 @@ def publish(results: Path, target: Path = Path()) -> None:
     Of a run of the profile ``long``, its sections 1 to 7 alone, and to ``tables/long`` and ``figures/long``.
     """
     larger = results.name == "long"
-    for folder in ("tables", "figures"):
-        place = target / folder / ("long" if larger else "")
-        _copy(
-            (file for file in (results / folder).glob("*.*") if (LARGER if larger else OURS).fullmatch(file.name)),
-            place,
-        )
-    if not larger:
-        _copy(results.glob("SUMMARY*.md"), target)
-    with replacing(target / "tables" / "provenance.md") as part:
-        part.write_text(provenance(target / "tables"), encoding="utf-8")
+    for file in sorted([*results.glob("tables/*.*"), *results.glob("figures/*.*")]):
+        if (LARGER if larger else OURS).fullmatch(file.name):
+            _put(file.read_bytes(), target / file.parent.name / ("long" if larger else "") / file.name)
+    for file in [] if larger else sorted(results.glob("SUMMARY*.md")):
+        _put(file.read_bytes(), target / file.name)
+    _put(provenance(target / "tables").encode(), target / "tables" / "provenance.md")
 
 
 def provenance(tables: Path) -> str:
@@ -64,10 +59,9 @@ def provenance(tables: Path) -> str:
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
 
 
-def _copy(files: Iterable[Path], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(files):
-        place = folder / file.name
-        if not place.exists() or place.read_bytes() != file.read_bytes():
-            with replacing(place) as part:
-                part.write_bytes(file.read_bytes())
+def _put(content: bytes, place: Path) -> None:
+    """Write a file, unless it already holds this: what is made from it is then as new as it."""
+    if not place.exists() or place.read_bytes() != content:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as part:
+            part.write_bytes(content)

@@ -168,6 +168,20 @@ def test_publish_copies_tables_figures_and_summary_and_nothing_else(project):
     assert found == sorted([*copied, "tables/provenance.md"])
 
 
+def test_publishing_again_writes_only_what_changed(project):
+    results = Path("results/laptop")
+    for name in ("tables/t1_a.csv", "tables/01_a.json", "SUMMARY.md"):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).write_text('{"device": "cpu"}')
+    publish.publish(results, project / "top")
+    files = [file for file in Path("top").rglob("*") if file.is_file()]
+    for file in files:
+        os.utime(file, (1, 1))
+    (results / "tables/t1_a.csv").write_text("new")
+    publish.publish(results, project / "top")
+    assert [str(file) for file in files if file.stat().st_mtime > 1] == ["top/tables/t1_a.csv"]
+
+
 def test_of_a_larger_run_only_its_sections_are_published_and_beside_the_others(project):
     results = Path("results/long")
     for name in ("tables/t8_a.csv", "tables/t1_a.csv", "tables/06_b.json", "figures/f7_c.svg", "SUMMARY.md"):
