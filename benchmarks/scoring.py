@@ -13,10 +13,11 @@ import multiprocessing
 import statistics
 import time
 
+import psutil
 import torch
 
 from paper_src import data, models, scoring
-from paper_src.scale import memory
+from paper_src.support.machine import peak_resident_bytes
 
 
 def plain_loop(model, blocks):
@@ -41,14 +42,14 @@ def forward_kept(model, blocks, batch_size):
 def peak_growth(arguments, variant):
     """Peak resident bytes of one variant over those of the loaded model (run in a fresh process)."""
     model, blocks = prepare(arguments)
-    resident = memory.resident_bytes()
+    resident = psutil.Process().memory_info().rss
     if variant == "forward":
         forward_kept(model, blocks, arguments.batch_size)
     elif variant == "ours":
         scoring.score_layers(model, blocks, arguments.batch_size)
     else:
         plain_loop(model, blocks)
-    return memory.peak_resident_bytes() - resident
+    return peak_resident_bytes() - resident
 
 
 def prepare(arguments):

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from matplotlib.figure import Figure
 from paper_src import InputError
 from paper_src.reporting.parameters import check_types, declared
 from paper_src.support.files import replacing
+from paper_src.support.machine import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "matplotlib")
 SAVED = {"svg.hashsalt": "paper", "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 150}  # asked when saving
@@ -118,7 +118,7 @@ class Section:
             "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
             "machine": {"cpu": processor(), "threads": threads()},
             "wall_s": round(time.time() - self.started, 1),
-            "peak_memory_bytes": peak_bytes(),
+            "peak_memory_bytes": peak_resident_bytes(),
         }
         with replacing(self.root / "tables" / f"{self.name}.json") as path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -160,12 +160,6 @@ def threads() -> int:
     """Threads that a tensor operation may use: torch's number where the notebook uses torch."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch else os.cpu_count() or 1
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux kilobytes
 
 
 def git_state() -> dict[str, object]:

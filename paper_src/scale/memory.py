@@ -1,17 +1,17 @@
 """What a model takes: memory, measured in a process of its own, and bytes on disk."""
 
 import multiprocessing
-import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
 from paper_src import InputError
+from paper_src.support.machine import peak_resident_bytes
 from paper_src.timing import Workload, random_prompt, run_seconds
 
 
@@ -41,35 +41,12 @@ def in_new_process(function: Callable, *arguments: object) -> object:
 
 
 def _peak_memory(folder: str, workload: Workload, dtype: str, device: str) -> int:
-    before = resident_bytes()
+    before = psutil.Process().memory_info().rss
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
     run_seconds(model, workload, random_prompt(model, workload, 0))
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes() - before
-
-
-def resident_bytes() -> int:
-    """Resident set of this process in bytes (Linux); elsewhere the peak so far."""
-    return _status("VmRSS") or peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """Highest resident set of this process so far, bytes.
-
-    ``ru_maxrss`` alone would not do on Linux: a new process inherits its parent's peak.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, where the system has it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
 
 
 def checkpoint_bytes(folder: str | Path) -> int:

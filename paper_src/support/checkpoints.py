@@ -1,5 +1,6 @@
 """What the trainings share: one device, looks at validation text, and a folder for each run, so that it can go on."""
 
+import gc
 import hashlib
 import json
 import math
@@ -72,8 +73,12 @@ class WatchedTrainer(Trainer):
 
     def fit(self, *columns: str) -> list[dict[str, float]]:
         """Train, from the last checkpoint if there is one; ``columns`` of each look."""
-        with room_in(self.args.output_dir):
-            self.train(resume_from_checkpoint=whole_checkpoint(self.args.output_dir))
+        gc.freeze()  # what is there already need not be searched for garbage after every training
+        try:
+            with room_in(self.args.output_dir):
+                self.train(resume_from_checkpoint=whole_checkpoint(self.args.output_dir))
+        finally:
+            gc.unfreeze()
         # accelerate's forward stood around the class's own, which is back now
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(self.model).pop(name, None)

@@ -1,7 +1,10 @@
-"""What else the machine does while something is timed."""
+"""The memory of this process, and what else the machine does while something is timed."""
 
+import resource
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -38,3 +41,15 @@ class Others:
         """0 where the system's clock, which ticks 100 times a second, lags behind the process's own."""
         used, seconds = (end - start for end, start in zip(self._end or self._now(), self._start, strict=True))
         return max(0.0, used / seconds) if seconds else 0.0
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident set of this process so far, bytes.
+
+    ``ru_maxrss`` alone would not do on Linux: a new process inherits its parent's peak.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return found[0] if found else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
