@@ -128,7 +128,7 @@ class TitleModel:
             input_ids=ids[None].to(device), attention_mask=mask[None, None].to(device),
             position_ids=places[None].to(device), use_cache=False, logits_to_keep=len(ids) - length + 1,
         ).logits[0].float()  # fmt: skip
-        log_p, starts = logits - logits.logsumexp(-1, keepdim=True), 1 + counts.cumsum(0)[:-1]
+        log_p, starts = logits.log_softmax(-1), 1 + counts.cumsum(0)[:-1]
         found = []
         for start, end in zip(starts.tolist(), ends, strict=True):
             rows = torch.tensor([0, *range(start, start + len(end) - 1)])  # 0: the prompt's end, before the first
@@ -144,8 +144,8 @@ class TitleModel:
     @staticmethod
     def _means(logits: Tensor, ends: Sequence[Tensor]) -> Tensor:
         """(C,) means of the log-likelihoods of C titles by the logits (C, T, V) before each of their tokens."""
-        rows, logits = pad_sequence(ends, batch_first=True).to(logits.device)[..., None], logits.float()
-        found = (logits.gather(-1, rows) - logits.logsumexp(-1, keepdim=True))[..., 0].cpu()
+        rows = pad_sequence(ends, batch_first=True).to(logits.device)[..., None]
+        found = logits.float().log_softmax(-1).gather(-1, rows)[..., 0].cpu()
         return torch.stack([row[: len(end)].mean() for row, end in zip(found, ends, strict=True)])
 
 
