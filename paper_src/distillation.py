@@ -81,7 +81,8 @@ def distil(
     settings = settings or Distillation()
     if len(blocks) < settings.batch_size:
         raise InputError(f"{len(blocks)} blocks in batches of {settings.batch_size}: give at least one batch")
-    folder = run_folder(Path(folder), [blocks, validation.blocks, *student.parameters()], asdict(settings))
+    known_by = [blocks, validation.blocks, *student.parameters(), *full.parameters()]
+    folder = run_folder(Path(folder), known_by, asdict(settings))
     model = copy.deepcopy(student).float().requires_grad_(True)
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(settings.embeddings)

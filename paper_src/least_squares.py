@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paper_src.support.processes import Processes
-
 RIDGES = (1e-4, 1e-2, 1e-1, 1.0)
 
 
@@ -35,12 +33,6 @@ class NormalEquations:
         self.xy += x.T @ y
         self.yy += float((y * self.gain).double().square().sum())
         self.tokens += len(x)
-
-    def over(self, processes: Processes) -> "NormalEquations":
-        """The sums of all processes."""
-        scalars = torch.tensor([self.yy, self.tokens], dtype=torch.float64, device=self.xx.device)
-        yy, tokens = processes.summed(scalars).tolist()
-        return NormalEquations(processes.summed(self.xx), processes.summed(self.xy), yy, round(tokens), self.gain)
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         sums = (getattr(self, name) + getattr(other, name) for name in ("xx", "xy", "yy", "tokens"))

@@ -5,6 +5,7 @@ With :mod:`paper_src.layers` this is all that knows how Transformers models are 
 
 import atexit
 import copy
+import hashlib
 import shutil
 import sys
 import tempfile
@@ -77,7 +78,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     if gguf and placed:
         raise InputError(f"{name} is packed: save it as safetensors to read it from the disk")
     require_plain(folder, name)
-    digest = "+".join(map(sha256, [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))))
+    digests = [sha256(file) for file in ([folder / gguf] if gguf else sorted(folder.glob("*.safetensors")))]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     if packed := gguf and name in PINNED:
         folder, gguf = _unpacked(name, folder / gguf, digest), None
     try:

@@ -27,7 +27,6 @@ from paper_src.compaction import compact
 from paper_src.least_squares import solved
 from paper_src.models import StandIn, add_to_weight_, decoder_layers, in_by_out, locate_layers
 from paper_src.side_by_side import Features, SideBySide, Writer
-from paper_src.support.processes import ALONE, Processes
 
 ROUNDS, STEPS = 4, (1.0, 0.5, 0.25)  # at most, where a norm stands behind the MLP; shares of a round's change
 
@@ -103,7 +102,7 @@ class Recovered:
 @torch.no_grad()
 def closed_form(
     full: PreTrainedModel, kept: Sequence[int], blocks: Tensor, form: str = "down_proj", reach: str = "gaps",
-    batch_size: int = 8, progress: Callable = iter, processes: Processes = ALONE,
+    batch_size: int = 8, progress: Callable = iter,
 ) -> Recovered:  # fmt: skip
     """The compact model of ``kept``, refitted on ``blocks`` (N, T); it shares the other weights with ``full``.
 
@@ -114,7 +113,6 @@ def closed_form(
         form: one of ``FORMS``.
         reach: ``gaps`` refits the layers before a gap, ``all`` also the kept layers behind the first gap. That brings
             states nearer and, as measured, perplexity up: least squares takes away what it cannot predict.
-        processes: who shares the batches of ``blocks``; all get the same model.
 
     Raises:
         InputError: unknown form or reach, or less than two batches of blocks.
@@ -128,7 +126,7 @@ def closed_form(
     path, layers = locate_layers(small)
     result, bounds = Recovered(small, blocks.numel()), [*kept, len(decoder_layers(full))]
     with tempfile.TemporaryDirectory() as folder:
-        walk = SideBySide((full, small), blocks.to(full.device), batch_size, Path(folder), processes)
+        walk = SideBySide((full, small), blocks.to(full.device), batch_size, Path(folder))
         for position in progress(range(len(kept))):
             stop = bounds[position + 1]
             walk.advance_full(stop)

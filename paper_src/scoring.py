@@ -339,7 +339,7 @@ def fisher_true(calibration: Calibration) -> Measured:
 
 def taylor_by_weight(calibration: Calibration) -> Measured:
     """:func:`weight_taylor` of up to four batches, which give it a standard error."""
-    size = calibration.taylor_sequences
+    size = min(calibration.taylor_sequences, len(calibration.blocks))
     blocks = calibration.blocks[: size * min(4, len(calibration.blocks) // size)]
     batches = blocks.split(size)
     rows = [weight_taylor(calibration.model, batch) for batch in calibration.progress(batches, "Taylor")]

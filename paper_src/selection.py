@@ -183,7 +183,8 @@ def beam_search(stages: Stages, k: int) -> KeptLayers:
 
 
 def swap_refinement(stages: Stages, kept: Sequence[int]) -> KeptLayers:
-    """``kept`` improved: add the layer that helps most, drop the one that costs least, until nothing changes.
+    """``kept`` improved: add the layer that helps most, drop the one that costs least, until nothing changes, at most
+    ten times.
 
     A swap is accepted only if it lowers the loss of the last stage, so the result is never worse than the start.
     """

@@ -16,7 +16,6 @@ from paper_src.layers import LayerRunner
 from paper_src.least_squares import NormalEquations
 from paper_src.models import in_by_out
 from paper_src.support.checkpoints import tensor_in_file
-from paper_src.support.processes import Processes
 
 TOLERANCE = 0.02  # of what comes out of a layer for what is added in it; bfloat16 alone gives 0.005
 HELD_OUT = 8  # of so many batches one is held out, to choose the ridge by
@@ -54,18 +53,14 @@ def _watched(module: nn.Module, features: Features, norm: nn.Module | None) -> I
 class SideBySide:
     """Both models side by side, layer after layer over all blocks; states (N, T, width) lie in files."""
 
-    def __init__(
-        self, models: tuple[PreTrainedModel, ...], blocks: Tensor, batch_size: int, folder: Path, processes: Processes
-    ):
+    def __init__(self, models: tuple[PreTrainedModel, ...], blocks: Tensor, batch_size: int, folder: Path):
         self.teacher, self.student = map(LayerRunner, models)
         if self.teacher.hands_on:
             raise NotSupported(
                 f"layers of {type(models[0]).__name__} hand on more than their states: no closed form for them"
             )
-        batches = blocks.split(batch_size)
-        self.numbers = processes.mine(range(len(batches)))  # of this process's batches among all
-        self.blocks, self.folder, self.processes = torch.cat(processes.mine(batches)), folder, processes
-        self.parts = [slice(low, low + batch_size) for low in range(0, len(self.blocks), batch_size)]
+        self.blocks, self.folder = blocks, folder
+        self.parts = [slice(low, low + batch_size) for low in range(0, len(blocks), batch_size)]
         self.reached = 0
         self.states: dict[str, Tensor] = {}
         for part in self.parts:
@@ -96,7 +91,7 @@ class SideBySide:
         sums: list[NormalEquations] = []
         norm = writer.norm
         gain = writer.factor if norm is None else _gain(norm, self.blocks.device)
-        for number, part in zip(self.numbers, self.parts, strict=True):
+        for number, part in enumerate(self.parts):
             with _watched(watched, features, norm) as seen:
                 own, target = self._run(part, position), self._get("full", part)
             x = seen["x"].reshape(*own.shape[:2], -1)  # some families flatten them
@@ -106,18 +101,17 @@ class SideBySide:
             if not sums:
                 sums = [NormalEquations.empty(x.shape[1], y.shape[1], x.device, gain) for _ in range(2)]
             sums[number % HELD_OUT == 1].add(x, y / gain, 1 / t.square().sum(-1))
-        return [each.over(self.processes) for each in sums]
+        return sums
 
     def error(self, position: int) -> float:
         """E |t - h|^2 / |t|^2 per held-out token, of the states h that the layer at ``position`` gives."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.blocks.device)
-        for number, part in zip(self.numbers, self.parts, strict=True):
+        for number, part in enumerate(self.parts):
             if number % HELD_OUT == 1:
                 t, own = self._get("full", part).float(), self._run(part, position).float()
                 errors = (t - own).square().sum(-1) / t.square().sum(-1)
                 sums += torch.stack([errors.double().sum(), torch.tensor(float(errors.numel())).to(sums)])
-        total, tokens = self.processes.summed(sums).tolist()
-        return total / tokens
+        return float(sums[0] / sums[1])
 
     def writer(self, position: int, layer: nn.Module) -> Writer:
         """The last linear map of ``layer`` whose output is added to its state: in most families the MLP's last one.

@@ -44,13 +44,13 @@ def laco(
     reference = last_hidden(model, blocks).float().flatten(1)
     small = model
     for threshold in thresholds:
-        low = len(decoder_layers(small)) - most
+        low = max(0, len(decoder_layers(small)) - most)
         while low >= 0 and (count := len(decoder_layers(small))) > k:
             merged = _merged(small, low, min(most, count - low, 1 + count - k), released)
             states = last_hidden(merged, blocks).float().flatten(1)
             near = nn.functional.cosine_similarity(states, reference).mean()
             small, step = (merged, interval) if near > threshold else (small, 1)
-            low = min(low - step, len(decoder_layers(small)) - most)
+            low = min(low - step, max(0, len(decoder_layers(small)) - most))
     return copy.deepcopy(small)
 
 

@@ -58,7 +58,8 @@ class Job:
     def __init__(self, request: Request, say: Callable[[str], None] = print):
         self.request, self._say = request.checked(), say
         self.progress = Progress(self.request)
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(self.progress.get("warnings") or [])
+        self.own_text = 0  # tokens of calibration text that the model wrote itself
         self._measured = 0.0
 
     def say(self, line: str) -> None:
@@ -73,14 +74,17 @@ class Job:
         use = self.request
         self.loaded = models.load_model(use.model, use.dtype, use.device)
         self.full, self.tokenizer = self.loaded.model, self.loaded.tokenizer
-        if self.progress.get("digest") not in (None, self.loaded.digest):
-            raise InputError(f"{self.progress.folder} is of other weights: delete it, or give another --out")
-        self.progress.put("digest", self.loaded.digest)
+        self._require_same("digest", self.loaded.digest, "weights")
         self.depth = len(models.decoder_layers(self.full))
         self.k = self._number()
         self.say(f"{use.model}: {models.count_parameters(self.full) / 1e6:,.0f} million parameters, "
                  f"{self.k} of {self.depth} layers are to be kept")  # fmt: skip
         return self.loaded
+
+    def _require_same(self, name: str, value: object, what: str) -> None:
+        if self.progress.get(name) not in (None, value):
+            raise InputError(f"{self.progress.folder} is of other {what}: delete it, or give another --out")
+        self.progress.put(name, value)
 
     def _number(self) -> int:
         """k: from the share, the number or the speed that is asked for."""
@@ -102,13 +106,14 @@ class Job:
     def read(self) -> dict[str, int]:
         """Text -> characters to calibrate on; a text that is missing or too short is an error."""
         self.names = list(self.request.texts) or ["wikitext-2"]
-        found = {}
+        found, digests = {}, {}
         for name in self.names:
             for split in ("train", "valid", "test"):
-                text, _ = data.load_text(name, split)
+                text, digests[f"{name} {split}"] = data.load_text(name, split)
                 if split == "train":
                     found[name] = len(text)
                 _as_many(self.tokenizer, text, 2, LENGTH, 0, name)
+        self._require_same("texts", digests, "texts")
         return found
 
     def blocks(self, split: str, count: int, seed: int) -> Tensor:
@@ -124,6 +129,7 @@ class Job:
         blocks = self.blocks("train", count, self.request.seed + 1)
         if self.request.texts or not len(own := self._written()[: count // 4]):
             return blocks
+        self.own_text = max(self.own_text, own.numel())
         mixed = torch.cat([blocks[: count - len(own)], own])
         return mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(self.request.seed))]
 
@@ -161,6 +167,7 @@ class Job:
                 rows.append(row)
                 then = f"{after:.2f} refitted" if near else "not refitted"
                 self.say(f"{STRATEGIES[name].title}: {before:.2f} times the full perplexity, {then}")
+            self.progress.put("warnings", self.warnings)
             known = self.progress.put("candidates", sorted(rows, key=lambda row: row["ppl_ratio"]))
         self.kept = kept_tuple(known[0]["kept"])
         self.say(f"kept layers: {known[0]['kept']}")
@@ -233,10 +240,11 @@ class Job:
             self.small = self._refitted(self.kept, blocks, warn=True)
             with replacing(path) as part:
                 save_file(_changes(self.small, self.full), part)
+            self.progress.put("warnings", self.warnings)
             self.progress.put("refit_blocks", count)
-        self.tokens = {"refit": blocks.numel(), "distilled": 0}
-        ratio = self._ratio(self.small)
-        self.say(f"refitted on {blocks.numel():,} tokens: perplexity {ratio:.2f} times the full model's")
+        self.tokens = {"refit": blocks.numel() if _changes(self.small, self.full) else 0, "distilled": 0}
+        done = f"refitted on {blocks.numel():,} tokens" if self.tokens["refit"] else "cut"
+        self.say(f"{done}: perplexity {self._ratio(self.small):.2f} times the full model's")
         return self.small
 
     def _refitted(self, kept: Sequence[int], blocks: Tensor, warn: bool = False) -> PreTrainedModel:
@@ -369,7 +377,9 @@ class Job:
             self.warn("calibrated on the given text only: other kinds are what the table says")
         final = self._as_stored()
         files, card = report_files(self, final, tested, timed)
-        compaction.save(final, self.tokenizer, out, use.model, self.kept, self.depth, self.chosen_by, True, card, files)
+        trained = bool(_changes(self.recovered, self.full))
+        compaction.save(final, self.tokenizer, out, use.model, self.kept, self.depth, self.chosen_by, trained, card,
+                        files)  # fmt: skip
         self._require_reload(out, final)
         shutil.rmtree(self.progress.folder, ignore_errors=True)
         self._say(f"saved: {out} (open {out / 'report.html'})")

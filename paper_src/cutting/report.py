@@ -47,7 +47,7 @@ def facts_of(job: Any, final: PreTrainedModel, tested: Sequence[dict], timed: Se
         "model": job.request.model, "name": Path(job.request.out).name, "kept": list(job.kept), "depth": job.depth,
         "chosen_by": job.chosen_by, "candidates": candidates, "tokens": job.tokens,
         "texts": ", ".join(Path(name).name for name in job.names),
-        "own_text": int(job.progress.get("written") or 0) * 128,
+        "own_text": job.own_text,
         "sizes": sizes, "quality": quality, "models": MODELS, "seed": job.request.seed,
         "speed": [{**row, "title": TASKS[row["task"]]} for row in timed], "warnings": job.warnings,
         "minutes": job.progress.spent / 60, "dtype": str(final.dtype).removeprefix("torch."),

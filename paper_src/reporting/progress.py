@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from tqdm import tqdm
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
+def progress(items: Iterable, what: str) -> Iterable:
     """``items`` with a plain-text bar that is drawn anew every 10 s."""
-    return tqdm(items, desc=what, total=total, mininterval=10, ascii=True, ncols=79)
+    return tqdm(items, desc=what, mininterval=10, ascii=True, ncols=79)
 
 
 def progress_bar(what: str) -> Callable[[Iterable], Iterable]:

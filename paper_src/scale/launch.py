@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from paper_src.support.processes import ALONE, Processes
 
@@ -18,10 +18,6 @@ class Launched(Processes):
         found = [None] * self.world
         distributed.all_gather_object(found, own)
         return found
-
-    def summed(self, tensor: Tensor) -> Tensor:
-        distributed.all_reduce(tensor)
-        return tensor
 
 
 @contextmanager

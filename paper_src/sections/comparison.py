@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import paper_src
 from paper_src import NotSupported, timing
 from paper_src.baselines import sparsity, zero_shot
 from paper_src.baselines.methods import METHODS, Method
@@ -89,7 +91,9 @@ class Rows:
             "training": asdict(on.training), "rates": list(on.rates), "repaired": weights,
             "layers": [sorted(which.items()) for which in (on.kept, on.block_cut, on.random_cut)],
             "items": [[part.task, part.rows] for part in by.items], "asked": list(by.asked),
-            "workloads": [str(work) for work in by.workloads], "rounds": by.rounds,
+            "workloads": [str(work) for work in by.workloads], "rounds": by.rounds, "device": on.full.device.type,
+            "code": [sha256(module) for module in sorted(Path(paper_src.__file__).parent.rglob("*.py"))],
+            "versions": [version(package) for package in ("torch", "transformers")],
         }  # fmt: skip
         data = [on.blocks, *by.judge.blocks.values(), on.validation.blocks, *by.valid.blocks.values()]
         self.on, self.file = on, run_folder(on.folder, [*data, *on.full.parameters()], context) / "rows.jsonl"

@@ -17,6 +17,7 @@ from paper_src.reporting.claims import judge, read_claims
 from paper_src.reporting.findings import LARGER, NAN, Finding, load
 from paper_src.reporting.style import BLUE, GREEN, ORANGE, PURPLE, RED, STYLE
 from paper_src.scoring import SCORES
+from paper_src.sections.worth import CAUSAL
 
 COLUMNS = {  # column of t9_models -> finding, and what of it
     "nearest_score": ("tau_leave_one_out_nearest", "text"),
@@ -31,7 +32,6 @@ COLUMNS = {  # column of t9_models -> finding, and what of it
     "cosine_constant": ("cosine_constant", "value"),
 }
 COUNTS = ("top_k", "distributed", "k")  # columns that begin so hold whole numbers
-WORTH = ("leave_one_out", "shapley")  # what a layer is worth, by removing it
 STAGES = {"none": "cut", "closed_form": "closed form", "distilled": "distilled"}
 METRICS = ("ppl_ratio", "ppl_ratio_lo", "ppl_ratio_hi", "ppl_ratio_mean", "cosine", "cosine_lo", "cosine_hi")
 SINK = 10.0  # times the variance of the other tokens: an attention sink
@@ -108,7 +108,7 @@ def t9_model_scores(runs: Sequence[Run]) -> pd.DataFrame:
         size, chance = int(run.found["pattern_fisher"].n), run.found["pattern_by_chance"].value
         for score in SCORES:
             row = {"model": run.name, "score": score}
-            for worth in WORTH:
+            for worth in CAUSAL:
                 found = run.found.get(f"tau_{worth}_{score}")
                 parts = {"": "value", "_lo": "lo", "_hi": "hi"}
                 row |= {f"tau_{worth}{end}": getattr(found, part) if found else NAN for end, part in parts.items()}

@@ -221,5 +221,6 @@ class Judge:
     def constant_row(self, full: PreTrainedModel) -> dict[str, float]:
         """The trivial predictor on the first kind of text: it answers every token with the mean state."""
         values, own = fidelity.compare_constant(full, self.first), next(iter(self.full_nll.values()))
-        row = fidelity.summarize(values, self.seed)
-        return row | {"ppl_ratio": float(np.exp(row["nll_nats"] - own[: len(values["nll_nats"])].mean()))}
+        blocks, row = self.first.blocks, fidelity.summarize(values, self.seed)
+        ratio = np.exp(row["nll_nats"] - own[: len(blocks)].mean())
+        return row | {"ppl_ratio": float(ratio), "n_windows": len(blocks), "n_tokens": blocks.numel()}

@@ -187,7 +187,8 @@ def stage_row(
             "kept": kept_text(kept), "recovery": recovered, "form": found.form, "reach": found.reach,
             "trained": bool(found.history), "tokens": found.tokens, "training_tokens": found.training_tokens,
             "seconds": found.seconds, "parameters_added": found.added, **metrics,
-            "n_windows": len(judge.first_blocks), "n_tokens": judge.n_tokens}  # fmt: skip
+            "n_windows": metrics.get("n_windows", len(judge.first_blocks)),
+            "n_tokens": metrics.get("n_tokens", judge.n_tokens)}  # fmt: skip
 
 
 def judged(

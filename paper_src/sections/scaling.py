@@ -70,16 +70,18 @@ def power_law(tokens: Sequence[float], gaps: np.ndarray, seed: int = 0) -> dict[
 
 
 def t5_laws(scaling: pd.DataFrame, windows: pd.DataFrame) -> pd.DataFrame:
-    """t5_laws: :func:`power_law` of the nats above the full model on the first kind of text, for each start and k that
-    was trained with at least three budgets, and the tokens at which the line reaches 1.5 times the full model's
-    perplexity: an extrapolation, where that is more than ``most_tokens``.
+    """t5_laws: :func:`power_law` of the nats above the full model on the first kind of text, for each start and k with
+    three budgets or more that stay above the full model, and the tokens at which the line reaches 1.5 times the full
+    model's perplexity: an extrapolation, where that is more than ``most_tokens``.
     """
     rows, text = [], few_text(windows)
-    for (k, start), part in scaling.groupby(["k", "selection"], sort=False):
+    for (k, start), runs in scaling.groupby(["k", "selection"], sort=False):
+        own = [losses(windows, row, text).values for row in runs["row"]]
+        gaps = np.stack(own) - losses(windows, "full", text).values
+        above = gaps.mean(axis=1) > 0
+        part, gaps = runs[above], gaps[above]
         if part["training_tokens"].nunique() < 3:
             continue
-        own = [losses(windows, row, text).values for row in part["row"]]
-        gaps = np.stack(own) - losses(windows, "full", text).values
         law = power_law(part["training_tokens"], gaps)
         needed = (law["at_one"] / np.log(1.5)) ** (1 / law["exponent"]) if law["exponent"] > 0 else np.inf
         rows.append({"k": k, "selection": start, **law, "n_runs": len(part), "n_windows": gaps.shape[1],

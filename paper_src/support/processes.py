@@ -1,6 +1,6 @@
 """Several processes that share one piece of work: each loads the model and takes every so many-th part of the text.
 
-What they found is put together in the order of the text, or summed, so that the result is that of one process.
+What they found is put together in the order of the text, so that the result is that of one process.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,6 @@ class Processes:
         """The parts of all processes in the order in which :meth:`mine` dealt them out."""
         shares = self.gathered(list(own))
         return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
-
-    def summed(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in ``tensor`` itself."""
-        return tensor
 
 
 ALONE = Processes()

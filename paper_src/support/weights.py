@@ -91,7 +91,7 @@ def _from_hub(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"no model {name!r}: give one of {sorted(PINNED)}, an existing path, or a hub id owner/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
     except Exception as error:  # network, authorisation, unknown id: each its own class
         reason = first_line(error)
         raise InputError(f"cannot get {name} from the hub ({reason}): check the name and the network") from error

@@ -186,6 +186,12 @@ def test_laco_merges_to_the_depth_asked_for(model, make_blocks):
         small.generate(make_blocks(1, 4), max_new_tokens=3, do_sample=False)
 
 
+@pytest.mark.parametrize(("depth", "k"), [(6, 2), (9, 2), (9, 1)])
+def test_laco_ends_at_the_depth_asked_for_where_few_layers_are_left(make_blocks, depth, k):
+    small = laco(build_model("llama", num_hidden_layers=depth), k, make_blocks(2, 8), thresholds=(-1.0,))
+    assert len(decoder_layers(small)) == k
+
+
 def test_a_merged_layer_is_the_sum_of_the_differences(model):
     small = _merged(model, 1, 3)
     layers = decoder_layers(model)

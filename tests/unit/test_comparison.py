@@ -226,7 +226,10 @@ def test_a_killed_comparison_goes_on_from_its_rows(setting, measurement, monkeyp
     assert found["timed_as"].tolist()[1:] == ["a k=2", "a k=2"]  # also over the kill
     assert table_of(setting, measurement, jobs).equals(found)  # until its folder goes
     assert calls == ["a", "b", "b"]
-    measurement.rounds += 1  # another measurement: all anew
+    with monkeypatch.context() as later:
+        later.setattr(comparison, "version", lambda package: "of next year")
+        assert comparison.Rows(setting, measurement).missing(jobs) == jobs  # other libraries: all anew
+    measurement.rounds += 1  # another measurement, too
     assert comparison.Rows(setting, measurement).missing(jobs) == jobs
 
 

@@ -138,6 +138,37 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert float(changed[2]["ppl_ratio"]) != float(changed[1]["ppl_ratio"])  # the refit was read
 
 
+def test_without_any_repair_the_report_says_so_also_over_a_stop(tmp_path, refused):
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if line.startswith("cut: "):
+            raise Stop
+
+    def none(*args, **settings):
+        raise steps.NotSupported("not of this family")
+
+    text = tmp_path / "own.txt"
+    text.write_text((Path(TEXT) / "train.txt").read_text() * 4)
+    asked = vars(request(tmp_path, texts=(str(text),)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps.recovery, "closed_form", none)
+        patch.setattr(Job, "_affordable", lambda self, settings: 0)
+        with pytest.raises(Stop):
+            steps.cut(**asked, say=stop)
+        out = steps.cut(**asked, say=lambda line: None)
+        assert "no closed form: not of this family" in (out / "report.html").read_text()
+        assert "the same, as this family has no closed form" in (out / "report.html").read_text()
+        assert "unchanged and nothing was trained" in (out / "README.md").read_text()
+
+        with pytest.raises(Stop):
+            steps.cut(**asked | {"out": str(tmp_path / "later")}, say=stop)
+        text.write_text(text.read_text().replace("the", "a"))
+        with refused("later.unfinished is of other texts: delete it, or give another --out"):
+            steps.cut(**asked | {"out": str(tmp_path / "later")}, say=lambda line: None)
+
+
 def test_another_request_begins_anew(tmp_path):
     Progress(request(tmp_path)).put("candidates", [1])
     assert Progress(request(tmp_path)).get("candidates") == [1]

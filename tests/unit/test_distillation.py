@@ -44,6 +44,16 @@ def test_it_comes_nearer_to_the_teacher(tmp_path, settings):
     assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
 
 
+def test_of_another_teacher_nothing_is_read(tmp_path):
+    student, histories = compaction.compact(build_model("llama"), KEPT), []
+    for seed in (0, 1):
+        full = build_model("llama", seed)
+        validation = fidelity.reference(full, blocks(8, seed=1), torch.zeros(32))
+        found = distillation.distil(full, student, blocks(16), validation, tmp_path, Distillation(**QUICK))
+        histories.append(found.history)
+    assert histories[0][0]["kl_nats"] != histories[1][0]["kl_nats"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_divergence_alone_is_enough(tmp_path, dtype):
     full = build_model("llama").to(dtype)

@@ -1,11 +1,13 @@
 """Layers found by structure, logits made as the model makes them, and checkpoints refused with a reason."""
 
+import hashlib
 import json
 import shutil
 
 import gguf
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -251,6 +253,14 @@ def test_hub_error_without_a_message_is_refused(monkeypatch, refused):
         load("nobody/nothing")
 
 
+def test_a_chat_template_in_a_file_of_its_own_is_fetched(checkpoint, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(weights, "snapshot_download", lambda name, **how: asked.update(how) or str(checkpoint))
+    load("somebody/something")
+    wanted = ["model.safetensors", "config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    assert list(filter_repo_objects([*wanted, "pytorch_model.bin", "run.py"], **asked)) == wanted
+
+
 @pytest.mark.parametrize("name", ["gpt7", "./absent", "../absent/model", "/absent/model", "a/b/c"])
 def test_name_that_is_no_path_and_no_hub_id_is_refused(name, refused):
     with refused(f"no model '{name}': give one of .*smollm2-135m-instruct.*, an existing path, or a hub id"):
@@ -324,7 +334,7 @@ def test_missing_shard_is_refused(llama, tokenizer, tmp_path, refused):
     llama.save_pretrained(tmp_path, max_shard_size="60KB")
     tokenizer.save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
-    assert load(tmp_path).digest == "+".join(sha256(shard) for shard in shards)
+    assert load(tmp_path).digest == hashlib.sha256("".join(sha256(shard) for shard in shards).encode()).hexdigest()
     shards[-1].unlink()
     with refused("cannot load|lacks"):
         load(tmp_path)

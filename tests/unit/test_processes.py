@@ -1,7 +1,6 @@
 """The same tables from two processes as from one, and what a process that dies leaves behind."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-import pytest
-import torch
 
 from paper_src.scale import __main__ as command_line
 from paper_src.support import processes
@@ -20,23 +17,6 @@ ROOT = Path(__file__).parents[2]
 MODEL, TEXT = ROOT / "tests/data/tiny-llama", ROOT / "tests/data/tiny-text"
 SETTINGS = ["--text", str(TEXT), "--length", "32", "--dtype", "float32", "--device", "cpu", "--batch-size", "2"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-REFIT = """
-import sys, torch
-from paper_src import data, models, recovery
-from paper_src.scale.launch import started
-
-def refit(shared):
-    loaded = models.load_model(sys.argv[1], "float32", "cpu")
-    blocks = data.token_blocks(loaded.tokenizer, data.load_text(sys.argv[2], "train")[0], 37, 32, 0)
-    found = recovery.closed_form(loaded.model, (0, 3, 7), blocks, batch_size=2, processes=shared)
-    return {"weights": found.model.state_dict(), "refits": found.refits}
-
-if __name__ == "__main__":
-    with started() as shared:
-        found = refit(shared)
-        if shared.rank == 0:
-            torch.save(found, sys.argv[3])
-"""
 
 
 def launched(processes: int, *arguments: str) -> list[str]:
@@ -56,19 +36,6 @@ def test_two_processes_give_the_table_of_one(tmp_path):
     assert len(one) == 8
     assert {"fisher", "fisher_se", "leave_one_out_se", "shapley"} <= set(one)
     pd.testing.assert_frame_equal(two, one, rtol=1e-6, atol=1e-9)
-
-
-def test_two_processes_refit_as_one(tmp_path, monkeypatch):
-    script, path = tmp_path / "refit.py", tmp_path / "two.pt"
-    script.write_text(REFIT)
-    arguments = [str(script), str(MODEL), str(TEXT), str(path)]
-    run(launched(2, *arguments))
-    monkeypatch.setattr(sys, "argv", arguments)
-    one, two = runpy.run_path(str(script))["refit"](processes.ALONE), torch.load(path)
-    for a, b in zip(one["refits"], two["refits"], strict=True):
-        assert b == pytest.approx(a, rel=1e-6)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_killed_process_ends_the_run_without_a_table(tmp_path):
@@ -93,7 +60,6 @@ def test_parts_are_dealt_out_and_woven_back():
     alone = processes.ALONE
     assert alone.woven(alone.mine([3, 1, 2])) == [3, 1, 2]
     assert alone.gathered("x") == ["x"]
-    assert alone.summed(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_weaving_puts_every_share_in_its_place(monkeypatch):

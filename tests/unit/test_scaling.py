@@ -51,6 +51,12 @@ def test_two_budgets_are_no_law():
     assert scaling.t5_laws(table.head(2), windows).empty
 
 
+def test_a_training_that_beats_the_full_model_is_no_part_of_the_law():
+    table, windows = made({"selected": (30.0, 0.4)})
+    windows.loc[windows["row"] == "selected 16000", "nll_nats"] = 0.5
+    assert scaling.t5_laws(table, windows).empty  # two budgets are left
+
+
 def test_starts_are_compared_after_the_largest_training_that_both_had():
     table, windows = made({"selected": (30.0, 0.4), "random_layers": (60.0, 0.4)})
     table = table[(table["selection"] == "selected") | (table["training_tokens"] < 16000)]
