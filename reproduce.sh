@@ -15,8 +15,8 @@ usage() {
 ./reproduce.sh clean             delete what runs wrote to results/, and Snakemake's records; what else is there stays
 
 options of run
-  --profile NAME     a file of profiles/: tiny (seconds a notebook), laptop (default), long (a night; its
-                     sections 1 to 7 go to tables/long and figures/long), gpu
+  --profile NAME     a file of profiles/: tiny (seconds a notebook), laptop (default), long (nights; its sections
+                     1 to 7 go to tables/long and figures/long), gpu, models (for further models)
   --only NOTEBOOK    this notebook and what it needs, for example 03_compaction
   --model NAME       a local folder, a .gguf file or a hub id; results go to results/<profile>-<model>
   --device DEVICE    cpu, cuda, cuda:1, mps

@@ -377,9 +377,8 @@ class Job:
             self.warn("calibrated on the given text only: other kinds are what the table says")
         final = self._as_stored()
         files, card = report_files(self, final, tested, timed)
-        trained = bool(_changes(self.recovered, self.full))
-        compaction.save(final, self.tokenizer, out, use.model, self.kept, self.depth, self.chosen_by, trained, card,
-                        files)  # fmt: skip
+        how = self.chosen_by, bool(_changes(self.recovered, self.full)), card, files
+        compaction.save(final, self.tokenizer, out, use.model, self.kept, self.depth, *how)
         self._require_reload(out, final)
         shutil.rmtree(self.progress.folder, ignore_errors=True)
         self._say(f"saved: {out} (open {out / 'report.html'})")

@@ -122,15 +122,16 @@ def t9_model_depths(runs: Sequence[Run]) -> pd.DataFrame:
     """A row for each model, k and stage of recovery: quality on test text, and speed beside the FLOP ratio.
 
     ``strategy`` chose the layers, which were best of all before a repair if ``best_unrepaired``. ``speedup`` is of a
-    prefill without the head, ``speedup_head`` with it, each beside its ratio of operations.
+    prefill without the head, ``speedup_head`` with it, each beside its ratio of operations. ``best_step`` of the
+    distillation is 0 where none was better on validation text than its start.
     """
     rows = []
     for run in runs:
         chosen = run.read("t5_selection").query("chosen").set_index("k")
         tests = run.read("t5_recovery").query("selection == 'selected'")
-        speed = (
-            run.read("t3_speed").query("batch == 1").sort_values("length").drop_duplicates(["task", "k"], keep="last")
-        )
+        looks = run.read("t5_curve").sort_values("kl_nats", kind="stable").groupby("k")["step"].first()
+        speed = run.read("t3_speed").query("batch == 1").sort_values("length")
+        speed = speed.drop_duplicates(["task", "k"], keep="last")
         tasks = {"": "prefill_hidden", "_head": "prefill_logits"}
         for test in tests.to_dict("records"):
             k = test["k"]
@@ -138,6 +139,7 @@ def t9_model_depths(runs: Sequence[Run]) -> pd.DataFrame:
             row = {"model": run.name, "k": k, "layers": run.depth, "share": k / run.depth, "strategy": strategy,
                    "best_unrepaired": chosen.loc[k, "rank_cut"] == 1, "stage": STAGES[test["recovery"]],
                    "tokens": test["tokens"], "n": test["n_windows"],
+                   "best_step": looks[k] if test["recovery"] == "distilled" else NAN,
                    **{name: test[name] for name in METRICS}}  # fmt: skip
             for end, task in tasks.items():
                 timed = speed[(speed["task"] == task) & (speed["k"] == k)]
