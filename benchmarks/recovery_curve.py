@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from paper_src import data, distillation, fidelity, models, recovery, stats
 from paper_src.compaction import compact
 from paper_src.reporting.findings import Findings, ends, spread
-from paper_src.sections.judge import as_many
 from paper_src.selection import kept_tuple
 
 PROMPT = 8  # tokens that are given to the model, which writes the rest of a block
@@ -32,7 +31,7 @@ STARTS = ("selected", "distributed", "first_layers", "random_weights")
 
 def windows(tokenizer, kind, split, most, length, seed):
     """(n, length) as many windows as the text holds, at most ``most``."""
-    return as_many(tokenizer, data.load_text(kind, split)[0], most, length, seed)
+    return data.as_many(tokenizer, data.load_text(kind, split)[0], most, length, seed)
 
 
 @torch.no_grad()

@@ -104,6 +104,17 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, leng
     return torch.tensor([first + block for block in blocks])
 
 
+def as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
+    """:func:`token_blocks`, or fewer where the text does not hold so many; InputError if it holds none."""
+    while True:
+        try:
+            return token_blocks(tokenizer, text, count, length, seed)
+        except InputError:
+            if count == 1:
+                raise
+            count = max(1, count * 9 // 10)
+
+
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
     """Token ids (count, length) of windows without overlap, as :func:`token_blocks`; with ``count`` 0 all of the text.
 

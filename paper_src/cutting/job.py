@@ -477,13 +477,12 @@ def cut(model: str, out: str | Path, keep: float = 0.0, say: Callable[[str], Non
 
 
 def _as_many(tokenizer: object, text: str, count: int, length: int, seed: int, name: str) -> Tensor:
-    """Up to ``count`` token blocks of a text: half of them, and again, where it is too short for more."""
-    while count:
-        try:
-            return data.token_blocks(tokenizer, text, count, length, seed)
-        except InputError:
-            count //= 2
-    raise InputError(f"{name} is too short: a part of it (of training, validation or test) holds no {length} tokens")
+    """:func:`data.as_many`; the error names the text."""
+    try:
+        return data.as_many(tokenizer, text, count, length, seed)
+    except InputError as error:
+        reason = f"a part of it (of training, validation or test) holds no {length} tokens"
+        raise InputError(f"{name} is too short: {reason}") from error
 
 
 def _changes(small: PreTrainedModel, full: PreTrainedModel) -> dict[str, Tensor]:

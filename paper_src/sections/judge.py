@@ -47,12 +47,12 @@ def mixed_blocks(
     owners = [texts[index % len(texts)] for index in range(count)]
     wanted = Counter(owners)
     first, *others = wanted
-    parts = {text: as_many(tokenizer, text, wanted[text], length, seed) for text in others}
-    parts[first] = as_many(tokenizer, first, count - sum(map(len, parts.values())), length, seed)
+    parts = {text: data.as_many(tokenizer, text, wanted[text], length, seed) for text in others}
+    parts[first] = data.as_many(tokenizer, first, count - sum(map(len, parts.values())), length, seed)
     for text in others:
         missing = count - sum(map(len, parts.values()))
         if missing and len(parts[text]) == wanted[text]:
-            more = as_many(tokenizer, text, wanted[text] + missing, length, seed)
+            more = data.as_many(tokenizer, text, wanted[text] + missing, length, seed)
             parts[text] = max(parts[text], more, key=len)
     if missing := count - sum(map(len, parts.values())):
         raise InputError(f"the texts hold {count - missing} of {count} blocks of {length} tokens: ask for fewer or "
@@ -61,17 +61,6 @@ def mixed_blocks(
     found = [next(left[text], None) for text in owners]
     rest = itertools.chain(*left.values())
     return torch.stack([next(rest) if block is None else block for block in found])
-
-
-def as_many(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
-    """:func:`data.token_blocks`, or fewer where the text does not hold so many."""
-    while True:
-        try:
-            return data.token_blocks(tokenizer, text, count, length, seed)
-        except InputError:
-            if count == 1:
-                raise
-            count = max(1, count * 9 // 10)
 
 
 def far_apart(count: int) -> list[int]:
@@ -113,7 +102,7 @@ class Judge:
         for name in texts:
             kind = kind_of_text(name)
             text, self.digests[f"{kind} {split}"] = data.load_text(name, split)
-            cut = as_many if self.references else data.token_blocks  # other kinds of text may be short
+            cut = data.as_many if self.references else data.token_blocks  # other kinds of text may be short
             blocks = cut(tokenizer, text, count, length, seed)
             blocks = self.blocks[kind] = blocks[far_apart(len(blocks))]  # whose first few are of the whole text too
             metrics = OTHER_TEXT if self.references else fidelity.METRICS
