@@ -84,8 +84,8 @@ def _pieces(text: str, wanted: range, count: int = 50) -> str:
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> Tensor:
     """Token ids (count, length), int64: ``count`` windows spread over the whole text, none overlapping.
 
-    The text is cut into ``count`` equal stretches; the window starts at a random word of its stretch, in one
-    of less than 12 characters a token at its beginning. Each begins with
+    The text is cut into ``count`` equal stretches; the window starts at a random word of its stretch, or at its
+    beginning where it has less than 12 characters a token. Each begins with
     the tokenizer's BOS token if it puts one before a text: models trained so (Gemma, Llama) answer badly without.
 
     Raises:

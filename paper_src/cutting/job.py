@@ -238,11 +238,12 @@ class Job:
             self.small = _changed_(compaction.compact(self.full, self.kept), load_file(path))
         else:
             self.small = self._refitted(self.kept, blocks, warn=True)
+            weights = {name: self.small.get_parameter(name) for name in _changed_names(self.small, self.full)}
             with replacing(path) as part:
-                save_file(_changes(self.small, self.full), part)
+                save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, part)
             self.progress.put("warnings", self.warnings)
             self.progress.put("refit_blocks", count)
-        self.tokens = {"refit": blocks.numel() if _changes(self.small, self.full) else 0, "distilled": 0}
+        self.tokens = {"refit": blocks.numel() if _changed_names(self.small, self.full) else 0, "distilled": 0}
         done = f"refitted on {blocks.numel():,} tokens" if self.tokens["refit"] else "cut"
         self.say(f"{done}: perplexity {self._ratio(self.small):.2f} times the full model's")
         return self.small
@@ -377,8 +378,8 @@ class Job:
             self.warn("calibrated on the given text only: other kinds are what the table says")
         final = self._as_stored()
         files, card = report_files(self, final, tested, timed)
-        how = self.chosen_by, bool(_changes(self.recovered, self.full)), card, files
-        compaction.save(final, self.tokenizer, out, use.model, self.kept, self.depth, *how)
+        new = bool(_changed_names(self.recovered, self.full))
+        compaction.save(final, self.tokenizer, out, use.model, self.kept, self.depth, self.chosen_by, new, card, files)
         self._require_reload(out, final)
         shutil.rmtree(self.progress.folder, ignore_errors=True)
         self._say(f"saved: {out} (open {out / 'report.html'})")
@@ -485,10 +486,10 @@ def _as_many(tokenizer: object, text: str, count: int, length: int, seed: int, n
         raise InputError(f"{name} is too short: {reason}") from error
 
 
-def _changes(small: PreTrainedModel, full: PreTrainedModel) -> dict[str, Tensor]:
-    """Name -> weight of what a repair has changed."""
+def _changed_names(small: PreTrainedModel, full: PreTrainedModel) -> list[str]:
+    """Weights that a repair has changed: a compact model shares all others with the full one."""
     own = {parameter.data_ptr() for parameter in full.parameters()}
-    return {name: p.detach().cpu().contiguous() for name, p in small.named_parameters() if p.data_ptr() not in own}
+    return [name for name, parameter in small.named_parameters() if parameter.data_ptr() not in own]
 
 
 def _changed_(small: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:

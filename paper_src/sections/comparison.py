@@ -14,7 +14,6 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import paper_src
 from paper_src import NotSupported, timing
 from paper_src.baselines import sparsity, zero_shot
 from paper_src.baselines.methods import METHODS, Method
@@ -92,7 +91,7 @@ class Rows:
             "layers": [sorted(which.items()) for which in (on.kept, on.block_cut, on.random_cut)],
             "items": [[part.task, part.rows] for part in by.items], "asked": list(by.asked),
             "workloads": [str(work) for work in by.workloads], "rounds": by.rounds, "device": on.full.device.type,
-            "code": [sha256(module) for module in sorted(Path(paper_src.__file__).parent.rglob("*.py"))],
+            "code": [sha256(module) for module in sorted(Path(__file__).parents[1].rglob("*.py"))],
             "versions": [version(package) for package in ("torch", "transformers")],
         }  # fmt: skip
         data = [on.blocks, *by.judge.blocks.values(), on.validation.blocks, *by.valid.blocks.values()]

@@ -19,6 +19,11 @@ FEW = " few"  # behind the kind of text of the losses of exploratory rows
 ALL_METRICS = 8192  # tokens of it that get them
 
 
+def with_all_metrics(length: int) -> int:
+    """Windows of so many tokens of the first kind of text that get all metrics."""
+    return max(1, ALL_METRICS // length)
+
+
 def kind_of_text(name: str) -> str:
     """The name of a text as it stands in a column: the last part of a folder's path."""
     return name.rstrip("/").rsplit("/", 1)[-1]
@@ -98,7 +103,7 @@ class Judge:
         self.rest: fidelity.Reference | None = None  # windows of the first kind that are judged by OTHER_TEXT alone
         self.digests: dict[str, str] = {}
         self.full, self.seed, self.model_digest, self.label = full, seed, model_digest, ""
-        (count, length), whole = shape, max(1, ALL_METRICS // shape[1])
+        (count, length), whole = shape, with_all_metrics(shape[1])
         for name in texts:
             kind = kind_of_text(name)
             text, self.digests[f"{kind} {split}"] = data.load_text(name, split)

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from paper_src.reporting.findings import BOOTSTRAP, SIGN_FLIP, Findings, Read, ends
-from paper_src.sections.judge import ALL_METRICS, few_text
+from paper_src.sections.judge import few_text, with_all_metrics
 from paper_src.sections.scaling import scaling_findings
 from paper_src.sections.windows import losses
 from paper_src.stats import paired
@@ -26,13 +26,14 @@ def t5_findings(read: Read, seed: int = 0) -> pd.DataFrame:
         found.add("t5_recovery", f"recovered_{role}_k", k, unit="layers")
         for name, stage in (("cut", "none"), ("refitted", "closed_form"), ("recovered", "distilled")):
             row = stages.loc[(k, stage)]
+            dear = with_all_metrics(row["n_tokens"] // row["n_windows"])
             for column, unit in units.items():
-                n = _with_all_metrics(row) if column in DEAR else row["n_windows"]
+                n = min(row["n_windows"], dear) if column in DEAR else row["n_windows"]
                 found.add("t5_recovery", f"{column}_{name}_{role}", *ends(row, column), unit=unit, n=n,
                           test=BOOTSTRAP if f"{column}_lo" in row else "")  # fmt: skip
     constant = table[table["selection"] == "trivial"].iloc[0]
     found.add("t5_recovery", "cosine_constant", *ends(constant, "cosine"), unit="cosine",
-              n=_with_all_metrics(constant), test=BOOTSTRAP)  # fmt: skip
+              n=constant["n_windows"], test=BOOTSTRAP)  # fmt: skip
     wide, windows = table[table["selection"] == "distributed"].set_index("recovery")["row"], read("t5_windows")
     for name, stage in (("cut", "none"), ("refitted", "closed_form")):
         own = stages.loc[(ks.min(), stage), "row"]
@@ -48,11 +49,6 @@ def t5_findings(read: Read, seed: int = 0) -> pd.DataFrame:
     found.add("t5_mix", "mix_chosen", len(picked), n=len(mixes), unit="mixes",
               text=picked.iloc[0] if len(picked) else "none")  # fmt: skip
     return found.frame()
-
-
-def _with_all_metrics(row: pd.Series) -> int:
-    """Windows of a row of t5_recovery that have all metrics."""
-    return int(min(row["n_windows"], max(1, ALL_METRICS * row["n_windows"] // row["n_tokens"])))
 
 
 def _selections(found: Findings, table: pd.DataFrame) -> None:

@@ -104,7 +104,8 @@ def test_the_models_that_are_compared_are_committed_and_from_clean_commits(read)
 def test_summary_is_rendered_from_the_tables(read, table, language):
     rendered = summary.summary(read, read("t9_claims"), language)
     assert (ROOT / summary.FILES[language]).read_text(encoding="utf-8") == rendered
-    assert not re.search(r"\bnan\b|Finding\(", rendered)
+    said = rendered.replace("provenance", "")
+    assert "nan" not in said and "Finding(" not in said
 
 
 def test_the_chinese_summary_has_the_same_numbers_and_links():
