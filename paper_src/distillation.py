@@ -22,6 +22,7 @@ from paper_src.support.checkpoints import (
     stored_outcome,
     tensor_in_file,
 )
+from paper_src.support.devices import rows_at_once
 
 
 @dataclass
@@ -129,6 +130,29 @@ class _Answers:
         return self.states[index].to(ids.device)
 
 
+class _Divergence(torch.autograd.Function):
+    """Mean over tokens of KL(p || q), nats, of logits (..., V) of p and q; it goes back to q's, once.
+
+    Forward makes the gradient, q - p, as well: beside it nothing else of the logits' size is ever alive.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, p_logits: Tensor, q_logits: Tensor) -> Tensor:
+        ctx.gradient, ctx.tokens = torch.empty_like(q_logits), q_logits[..., 0].numel()
+        total, step = q_logits.new_zeros((), dtype=torch.float64), rows_at_once(q_logits.device)
+        rows = (tensor.flatten(0, -2).split(step) for tensor in (p_logits, q_logits, ctx.gradient))
+        for p_row, q_row, gradient in zip(*rows, strict=True):
+            log_p, log_q = p_row.float().log_softmax(-1), q_row.float().log_softmax(-1)
+            p = log_p.exp()
+            total += torch.linalg.vecdot(p, log_p - log_q).sum()
+            gradient.copy_(log_q.exp_().sub_(p))
+        return (total / ctx.tokens).float()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.gradient.mul_(upstream / ctx.tokens)
+
+
 class Distiller(WatchedTrainer):
     """Its loss compares the model with a teacher, and what it measures is that of :mod:`fidelity`."""
 
@@ -163,10 +187,8 @@ class Distiller(WatchedTrainer):
         if use.kl:
             part = (slice(None), slice(self.state.global_step % use.kl_every, None, use.kl_every))
             with torch.no_grad():
-                log_p = logits_of(self.teacher, h[part]).float().log_softmax(-1)  # (B, T / kl_every, V)
-            log_q = logits_of(model, own[part]).float().log_softmax(-1)
-            kl = functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / log_q[..., 0].numel()
-            loss = loss + use.kl * kl
+                answer = logits_of(self.teacher, h[part])  # (B, T / kl_every, V)
+            loss = loss + use.kl * _Divergence.apply(answer, logits_of(model, own[part]))
         return loss
 
     def measure(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from paper_src import InputError
 from paper_src.models import last_hidden, logits_of
 from paper_src.stats import interval
+from paper_src.support.devices import rows_at_once
 from paper_src.support.files import replacing
 
 METRICS = ("cosine", "cosine_centred", "mse", "kl_nats", "top1_agreement", "nll_nats")
@@ -92,7 +93,7 @@ def reference(
     if {"kl_nats", "top1_agreement"}.isdisjoint(metrics):
         return full
     parts = []
-    for states in hidden.flatten(0, 1).split(64):  # a few rows at a time stay in the processor's cache
+    for states in hidden.flatten(0, 1).split(64):
         p = logits_of(model, states[None])[0].float().softmax(-1)  # (<=64, V)
         p = p.where(p >= torch.finfo(p.dtype).tiny, 0)  # subnormal numbers weigh nothing and slow sums tenfold
         parts.append((p, -torch.special.entr(p).sum(-1), p.argmax(-1)))
@@ -161,9 +162,9 @@ def _compare_logits(full: Reference, index: int, logits: Tensor, metrics: Collec
     index %= len(full.blocks)
     labels = full.blocks[index, 1:]
     kl, agree, nll = [], [], []
-    for low in range(0, len(logits), 64):  # a few rows at a time stay in the processor's cache
-        part = slice(low, low + 64)
-        log_q = functional.log_softmax(logits[part].float(), dim=-1)  # (<=64, V)
+    for low in range(0, len(logits), step := rows_at_once(logits.device)):
+        part = slice(low, low + step)
+        log_q = functional.log_softmax(logits[part].float(), dim=-1)  # (<=step, V)
         if "kl_nats" in metrics:
             cross = torch.einsum("tv,tv->t", full.probabilities[index, part], log_q)  # sum of p log p'
             kl.append((full.negative_entropy[index, part] - cross).clamp(min=0))  # rounding

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paper_src import InputError
 from paper_src.data import beginning
 from paper_src.recommendation.interactions import Sequences
+from paper_src.support.devices import rows_at_once
 
 OPENING, BULLET = "One person's choices, in order:", "\n-"  # a title is a line, so that it ends with the next bullet
 SAME = 0.05  # nats per token: in one row and in rows of their own, likelihoods differ by rounding alone
@@ -127,26 +128,26 @@ class TitleModel:
         logits = self.model(
             input_ids=ids[None].to(device), attention_mask=mask[None, None].to(device),
             position_ids=places[None].to(device), use_cache=False, logits_to_keep=len(ids) - length + 1,
-        ).logits[0].float()  # fmt: skip
-        log_p, starts = logits.log_softmax(-1), 1 + counts.cumsum(0)[:-1]
-        found = []
-        for start, end in zip(starts.tolist(), ends, strict=True):
-            rows = torch.tensor([0, *range(start, start + len(end) - 1)])  # 0: the prompt's end, before the first
-            found.append(log_p[rows.to(device), end.to(device)].mean())
-        return torch.stack(found).cpu()
+        ).logits[0]  # fmt: skip
+        firsts = (1 + counts.cumsum(0)[:-1]).tolist()
+        # before a title's first token stands the prompt's end, 0
+        rows = [torch.tensor([0, *range(n, n + len(end) - 1)]) for n, end in zip(firsts, ends, strict=True)]
+        return self._means(logits[torch.cat(rows).to(device)], ends)
 
     def _plain(self, prompt: list[int], ends: Sequence[Tensor]) -> Tensor:
         """Each candidate in a row of its own, behind the whole prompt."""
         rows = pad_sequence([torch.cat([torch.tensor(prompt), end]) for end in ends], batch_first=True)
         logits = self.model(input_ids=rows.to(self.model.device), use_cache=False).logits
-        return self._means(logits[:, len(prompt) - 1 : -1], ends)
+        before = [row[len(prompt) - 1 :][: len(end)] for row, end in zip(logits, ends, strict=True)]
+        return self._means(torch.cat(before), ends)
 
     @staticmethod
     def _means(logits: Tensor, ends: Sequence[Tensor]) -> Tensor:
-        """(C,) means of the log-likelihoods of C titles by the logits (C, T, V) before each of their tokens."""
-        rows = pad_sequence(ends, batch_first=True).to(logits.device)[..., None]
-        found = logits.float().log_softmax(-1).gather(-1, rows)[..., 0].cpu()
-        return torch.stack([row[: len(end)].mean() for row, end in zip(found, ends, strict=True)])
+        """(C,) means of the log-likelihoods of C titles by the logits (n, V) before each of their n tokens in all."""
+        tokens, step = torch.cat(list(ends)).to(logits.device)[:, None], rows_at_once(logits.device)
+        parts = zip(logits.split(step), tokens.split(step), strict=True)
+        found = torch.cat([part.float().log_softmax(-1).gather(-1, own)[:, 0] for part, own in parts]).cpu()
+        return torch.stack([title.mean() for title in found.split([len(end) for end in ends])])
 
 
 def ranks_within(

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paper_src import InputError
 from paper_src.support.files import replacing
 
+SHORT = 128  # tokens, up to which attention goes back faster without its fused kernel, on a CPU
 LEAST = 2**22  # free bytes of a disk that is not full
 
 
@@ -94,6 +95,10 @@ class WatchedTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Tensor], *more: object) -> Tensor:
+        with plain_attention(model, inputs["input_ids"].shape[-1]):
+            return super().training_step(model, inputs, *more)
+
     def finite(self, loss: Tensor) -> Tensor:
         """``loss``; InputError if it is NaN or Inf."""
         if torch.isfinite(loss):
@@ -121,6 +126,23 @@ class _Watch(TrainerCallback):
         self.trainer.spent += time.perf_counter() - self.begun
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":  # an epoch's end is a look anyway
             control.should_evaluate = True
+
+
+@contextmanager
+def plain_attention(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Inside, attention over few tokens is plain matrix products on a CPU: the fused kernel takes several times as long
+    there to go back.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)
+             and part.device.type == "cpu" and part.config._attn_implementation == "sdpa"]  # fmt: skip
+    parts = parts if tokens <= SHORT else []
+    for part in parts:
+        part.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_attn_implementation("sdpa")
 
 
 def whole_checkpoint(folder: str | Path) -> str | None:

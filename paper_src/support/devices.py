@@ -29,3 +29,8 @@ def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: use float32, bfloat16, float16 or auto")
     return getattr(torch, dtype)
+
+
+def rows_at_once(device: torch.device) -> int:
+    """So many rows of logits to work on at a time: few enough to stay in a CPU's caches, elsewhere many."""
+    return 8 * torch.get_num_threads() if device.type == "cpu" else 1024

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build_model
+from torch.nn import functional
 
 from paper_src import compaction, distillation, fidelity, models
 from paper_src.distillation import Distillation
@@ -63,6 +64,20 @@ def test_the_divergence_alone_is_enough(tmp_path, dtype):
     assert found.history[-1]["kl_nats"] < 0.7 * plain
     assert fidelity.compare(found.model, validation)["kl_nats"].mean() < 0.7 * plain
     assert found.model.dtype == dtype
+
+
+def test_the_divergence_and_its_gradient_are_those_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (4 * torch.randn(7, 5, 40, generator=generator) for _ in range(2))  # more tokens than are taken at once
+    own = q.clone().requires_grad_()
+    found = distillation._Divergence.apply(p, own)
+    (1.5 * found).backward()
+    expected = functional.kl_div(
+        q.requires_grad_().log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none"
+    )
+    (1.5 * expected.sum(-1).mean()).backward()
+    torch.testing.assert_close(found, expected.sum(-1).mean())
+    torch.testing.assert_close(own.grad, q.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
