@@ -83,8 +83,10 @@ FORMS = {
         lambda writer, into, out: out if writer.bias is None else out - writer.bias, _through_writer_,
     ),
     "linear": Form("matrix behind the layer, d^2 parameters", "as ghosted layers", standard=False, **_BEHIND),
-    "diagonal": Form("factor per channel, d parameters", "LinearPatch, arXiv:2505.24680, without its Hadamard basis",
-                     diagonal=True, standard=False, **_BEHIND),
+    "diagonal": Form(
+        "factor per channel, d parameters",
+        "this paper, by least squares, which shrinks (LinearPatch, arXiv:2505.24680, takes ratios of mean "
+        "sizes in a Hadamard basis, which enlarge)", diagonal=True, standard=False, **_BEHIND),
 }  # fmt: skip
 
 

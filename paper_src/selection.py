@@ -34,7 +34,7 @@ Stages = Sequence[tuple[Evaluator, int]]
 class Search:
     """What a search is given: evaluators, a budget, and what the searches before it found."""
 
-    looks: Sequence[Evaluator]  # on more and more calibration text: a first look, what published searches see, all
+    looks: Sequence[Evaluator]  # on more and more calibration text: a first look, a middle one, all
     survivors: int = 6  # candidates that get from the first look to the last
     evolution: dict[str, int] = field(default_factory=dict)  # generations, offspring, initial, seed of evopress
     fresh: Callable[[], Iterator[Stages]] | None = None  # looks at other text for each generation; where asked for
@@ -136,7 +136,10 @@ def first_and_last(depth: int, k: int) -> KeptLayers:
 
 
 def drop_block(angular: Tensor, k: int) -> KeptLayers:
-    """All but the block of layers [l, l + n), n = L - k, of least ``LayerScores.angular`` (L+1, L+1) at (l, l + n)."""
+    """All but the block of layers [l, l + n), n = L - k, of least ``LayerScores.angular`` (L+1, L+1) at (l, l + n).
+
+    The states are those before the final norm and l may be 0; released code takes the last ones behind it and l > 0.
+    """
     depth = len(angular) - 1
     _check_k(k, depth)
     removed = depth - k
@@ -164,7 +167,10 @@ def shortened_llama_taylor_plus(taylor: Sequence[float], k: int, first: int = 4,
 
 
 def sleb(evaluator: Evaluator, k: int) -> KeptLayers:
-    """Greedy removal: drop the layer whose loss is least, again and again; of equal losses the earlier layer."""
+    """Greedy removal: drop the layer whose loss is least, again and again; of equal losses the earlier layer.
+
+    The released code never drops the first or the last layer; here any may go.
+    """
     return beam_search([(evaluator, 1)], k)
 
 
@@ -286,13 +292,15 @@ def _check_k(k: int, depth: int) -> None:
 
 
 SHORTENED_LLAMA = "Kim et al. 2024, arXiv:2402.02834, section 3.1"
+EVEN_PPL = "the released scripts keep the first 4 and last 2 layers by it as well"
 GROMOV = "Gromov et al. 2024, arXiv:2403.17887, section 3"
 EVOPRESS = "Sieberling et al. 2024, arXiv:2410.14649"
 STRATEGIES = {
     "top_k": Strategy(top_k, "top k", "score", "score", "the earlier report"),
     "distributed": Strategy(distributed, "distributed", "score", "score", "the earlier report"),
     "shortgpt": Strategy(top_k, "ShortGPT", "published", "block_influence", "Men et al. 2024, arXiv:2403.03853"),
-    "shortened_llama_ppl": Strategy(top_k, "PPL", "published", "leave_one_out", SHORTENED_LLAMA),
+    "shortened_llama_ppl": Strategy(top_k, "PPL", "published", "leave_one_out",
+                                    f"{SHORTENED_LLAMA}; {EVEN_PPL}"),
     "shortened_llama_taylor_plus": Strategy(
         shortened_llama_taylor_plus, "Taylor+", "published", "weight_taylor", SHORTENED_LLAMA),
     "drop_block": Strategy(drop_block, "angular block", "published", "angular", GROMOV),
@@ -302,7 +310,7 @@ STRATEGIES = {
                      "SLEB", "search", "search", "Song et al. 2024, arXiv:2402.09025"),
     "evopress": Strategy(
         lambda search, k: evopress([(search.looks[0], 2), (search.looks[1], 1)], k, **search.evolution),
-        "EvoPress", "search", "search", f"{EVOPRESS}, with a smaller budget"),
+        "EvoPress", "search", "search", f"{EVOPRESS}, by NLL and with a smaller budget"),
     "staged": Strategy(lambda search, k: beam_search(search.stages, k),
                        "staged removal", "search", "search", "ours: greedy removal that spends most text on the best"),
     "swap": Strategy(lambda search, k: swap_refinement(search.stages, search.best),

@@ -39,18 +39,19 @@ def laco(
 
     A merge of at most ``most`` layers is kept if the cosine of the last hidden states of a block to the full model's,
     mean over ``blocks`` (N, T), in the paper a few sentences, stays above a threshold; the next is ``interval`` layers
-    below. The paper tunes the threshold to a size; here it is lowered step by step until k layers are left.
+    below. As released, the first leaves out the last layer. The paper tunes the threshold to a size; here it is lowered
+    step by step until k layers are left.
     """
     reference = last_hidden(model, blocks).float().flatten(1)
     small = model
     for threshold in thresholds:
-        low = max(0, len(decoder_layers(small)) - most)
+        low = max(0, len(decoder_layers(small)) - 1 - most)
         while low >= 0 and (count := len(decoder_layers(small))) > k:
             merged = _merged(small, low, min(most, count - low, 1 + count - k), released)
             states = last_hidden(merged, blocks).float().flatten(1)
             near = nn.functional.cosine_similarity(states, reference).mean()
-            small, step = (merged, interval) if near > threshold else (small, 1)
-            low = min(low - step, max(0, len(decoder_layers(small)) - most))
+            small, below = (merged, max(0, low - interval)) if near > threshold else (small, low - 1)
+            low = min(below, max(0, len(decoder_layers(small)) - 1 - most))
     return copy.deepcopy(small)
 
 
@@ -79,8 +80,9 @@ WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # of a layer's output, in Llama
 def magnitude_compensated(full: PreTrainedModel, kept: Sequence[int], blocks: Tensor) -> PreTrainedModel:
     """The compact model of ``kept`` whose states are as large behind each gap as the next kept layer is used to.
 
-    alpha = E|h'| / E|h|, mean over ``blocks`` (N, T) of the ratio of mean absolute entries of the state behind the
-    removed layers and before them, from the bottom up on the compact model's own states (Prune&Comp, arXiv:2507.18212).
+    alpha = E_n E_c (E_t |h'| / E_t |h|), mean over ``blocks`` (N, T) and channels c of the ratio of mean absolute
+    entries of the states behind the removed layers and before them, from the bottom up on the compact model's own
+    states (Prune&Comp, arXiv:2507.18212; its code takes removed layers one by one).
     The released code multiplies embedding and output matrices before the gap by alpha; as each part reads a normalized
     state, the same comes of dividing those behind the gap, and an embedding that is also the head stays as it is.
 
@@ -94,7 +96,7 @@ def magnitude_compensated(full: PreTrainedModel, kept: Sequence[int], blocks: Te
     for place, (before, layer) in enumerate(pairwise([-1, *kept, runner.depth])):
         if layer > before + 1:
             wide = runner.run(blocks, states, before + 1, layer)
-            alpha = float((_magnitude(wide) / _magnitude(states)).mean())
+            alpha = float((wide.float().abs().mean(1) / states.float().abs().mean(1)).mean())
             states, scale = states * alpha, scale * alpha
         if place < len(kept):
             states = runner.run(blocks, states, layer, layer + 1)
@@ -104,11 +106,6 @@ def magnitude_compensated(full: PreTrainedModel, kept: Sequence[int], blocks: Te
     if not (found - states[:1]).norm() <= 0.05 * found.norm():
         raise NotSupported(f"{type(layers[0]).__name__} does not add what it writes to its state as it is")
     return small
-
-
-def _magnitude(states: Tensor) -> Tensor:
-    """(N,) mean absolute entry of states (N, T, d)."""
-    return states.float().abs().mean((1, 2))
 
 
 def _divide_(layer: nn.Module, name: str, scale: float) -> None:

@@ -22,8 +22,9 @@ def width_pruned(
     divide the hidden size, as transformers asks. x_u is what unit u gives to its part's output matrix W.
 
     Args:
-        score: ``norm``, E |W_u x_u|^2; or ``fluctuation``, sum over j in u of var(x_j) |W_j|^2 (FLAP,
-            arXiv:2312.11983, in its variant of the same widths everywhere, which the paper calls UL-UM).
+        score: ``norm``, E |W_u x_u|^2; or ``fluctuation``, var(x_j) |W_j|^2 of a neuron j, and of a group of heads the
+            sum of its squares, as released (FLAP, arXiv:2312.11983, in its variant of the same widths everywhere, which
+            the paper calls UL-UM).
         repair: of W: ``none``; ``refit``, least squares on the inputs S that stay, W' = W M_:S (M_SS + ridge)^-1 with
             M = E x x^T; or ``bias``, as in FLAP, what the removed inputs give on average, W_j E x_j.
 
@@ -59,7 +60,7 @@ def _best(linear: nn.Linear, name: str, moments: InputMoments, wide: int, count:
     weight, moment = linear.weight.float(), moments[name]
     if score == "fluctuation":
         worth = (moment.diagonal() - moments.means[name].square()) * weight.square().sum(0)
-        worth = worth.unflatten(0, (-1, wide)).sum(1)
+        worth = worth.unflatten(0, (-1, wide)).square().sum(1)  # of single neurons the order is the same
     else:
         part = (weight.T @ weight) * moment  # E |W x|^2 is the sum of its entries
         worth = part.unflatten(0, (-1, wide)).unflatten(2, (-1, wide)).sum((1, 3)).diagonal()

@@ -37,14 +37,15 @@ MODELS = Run("smollm2-135m-instruct", "raw", 29.94, {
     "replace_me_cosine": {22: 399.0, 8: 16072},
     "cut_magnitude": {22: 97.3},  # on 16 of the windows, gap after gap; the head untied from the scaled embedding
 })  # fmt: skip
-OWN_BUDGET = {"evopress": "evopress_paper"}  # our row that has the budget of the released run, if it was run
+OWN_BUDGET = {"evopress": "evopress_paper"}  # our row that has at least the generations of the released run, if it ran
 
 
 def t4_peers(fidelity: pd.DataFrame, model: str) -> pd.DataFrame:
     """t4_peers: selections by peers' own code beside ours of the same name, before any repair.
 
     ``released_ratio`` and ``ppl_ratio`` are perplexities over the full model's in the same run, ``ratio`` is ours over
-    theirs. They chose on their own calibration text and ours on ours: a few per cent mean nothing.
+    theirs. They chose on their own calibration text and ours on ours: a few per cent mean nothing. EvoPress searched by
+    the KL divergence there; here it is by the loss that section 2 says.
 
     Args:
         fidelity: t4_fidelity.
