@@ -1,7 +1,8 @@
 """Ask the language model itself: how much likelier it finds a title behind the titles that a user took, in their order.
 
 Nothing is trained and no item has an identity: the model reads and writes titles. What a title gains by the history is
-pointwise mutual information (arXiv:2104.08315); its likelihood alone says most of all how common its words are.
+pointwise mutual information (arXiv:2104.08315), here per token, where the paper sums over them, so that long titles are
+at no advantage; its likelihood alone says most of all how common its words are.
 """
 
 from collections.abc import Callable, Iterable, Sequence
