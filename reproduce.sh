@@ -10,14 +10,14 @@ usage() {
 ./reproduce.sh cut MODEL --keep 0.75 --out FOLDER [options]
                                  your own model, cut, repaired, tested and saved: see ./reproduce.sh cut --help
 ./reproduce.sh test [-- ...]     run the tests; what follows -- goes to pytest
-./reproduce.sh check             committed tables against regenerated ones, claims against tables
+./reproduce.sh check             after a run: committed tables against regenerated ones, claims against tables
 ./reproduce.sh lab               open the notebooks in JupyterLab
 ./reproduce.sh clean             delete what runs wrote to results/, and Snakemake's records; what else is there stays
 
 options of run
   --profile NAME     a file of profiles/: tiny (seconds a notebook), laptop (default), long (nights; its sections
                      1 to 7 go to tables/long and figures/long), gpu, models (for further models)
-  --only NOTEBOOK    this notebook and what it needs, for example 03_compaction
+  --only NOTEBOOK    this notebook and what it needs, for example 03_compaction, or 03
   --model NAME       a local folder, a .gguf file or a hub id; results go to results/<profile>-<model>
   --device DEVICE    cpu, cuda, cuda:1, mps
   --data-dir FOLDER  where Amazon's files are, for 06_recommendation
@@ -112,7 +112,8 @@ run() {
   done
   [ -f "profiles/$profile.yaml" ] || die "no profile '$profile': there are $(cd profiles && echo *.yaml)"
   [ "$only" != 10_your_model ] || die "10_your_model is no part of the paper: ./reproduce.sh cut runs it"
-  [ -z "$only" ] || [ -f "notebooks/$only.ipynb" ] || die "no notebook '$only': there are $(cd notebooks && echo *.ipynb)"
+  [[ ! "$only" =~ ^0[0-9]$ ]] || only=$(cd notebooks && basename -s .ipynb "$only"_*)  # by its number
+  [ -z "$only" ] || [ -f "notebooks/$only.ipynb" ] || die "no notebook '$only': there are $(cd notebooks && echo 0*.ipynb)"
   [[ "$jobs" =~ ^([1-9][0-9]*)?$ ]] || die "--jobs '$jobs': give a number of cores, 1 or more"
   [[ "$model$device$data_dir" != *"'"* ]] || die "--model, --device and --data-dir cannot hold a quote character"
   [ -z "$data_dir" ] || data_dir=$(cd "$data_dir" 2>/dev/null && pwd) || die "--data-dir: no such folder"

@@ -200,11 +200,17 @@ def _traits(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
                 yield f"{name}.{key}", value
 
 
+def shown(source: str) -> str:
+    """How a model is named in public: a folder of this machine by its last part."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
 def _card(
     model: PreTrainedModel, source: str, kept: Sequence[int], depth: int, note: str, trained: bool, more: str
 ) -> str:  # fmt: skip
     more = f"{more}\n\n" if more else ""
-    state = "repaired against the full model" if trained else "unchanged and nothing was trained"
+    source, state = shown(source), "repaired against the full model" if trained else "unchanged and nothing was trained"
     return f"""---
 library_name: transformers
 tags: [layer-removal]

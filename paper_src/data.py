@@ -58,10 +58,11 @@ def load_text(name: str, split: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.is_file():
         return _pieces(_read(path), PIECES[split]), sha256(path)
-    path /= f"{split}.txt"
+    folder, path = path, path / f"{split}.txt"
     if not path.is_file():
         names = f"wikitext-2, {', '.join([*DOMAINS, *TEXTS])}"
-        raise InputError(f"no text {path}: give {names}, a text file, or a folder with train.txt, valid.txt, test.txt")
+        raise InputError(f"no text {path if folder.is_dir() else folder}: give {names}, a text file, or a folder with "
+                         "train.txt, valid.txt, test.txt")  # fmt: skip
     return _read(path), sha256(path)
 
 
@@ -151,7 +152,7 @@ def _window(tokenizer: PreTrainedTokenizerBase, text: str, length: int, draw: fl
     slack = max(0, len(text) - width * length)
     start = text.find(" ", int(draw * slack)) + 1 if slack else 0
     for piece in (text[start : start + width * length], text[start:], text):
-        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= length:
             return ids[:length]
     return None

@@ -8,6 +8,16 @@ from paper_src import InputError
 from paper_src.cutting.request import CHOICES, Request
 
 
+def number(word: str) -> float:
+    """A whole number as such: 1 is a layer, 1.0 is no share."""
+    return int(word) if word.isdecimal() else float(word)
+
+
+def numbers(word: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    return tuple(int(part) for part in word.split(","))
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the words that ``cut-layers`` and ``./reproduce.sh cut`` take."""
     made = argparse.ArgumentParser(
@@ -17,16 +27,23 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, a hub id, or a registry name")
     size = made.add_mutually_exclusive_group(required=True)
-    size.add_argument("--keep", type=float, default=0.0, help="layers to keep: a share such as 0.75, or their number")
+    size.add_argument("--keep", type=number, default=0, help="layers to keep: a share such as 0.75, or their number")
     size.add_argument("--speed", type=float, default=0.0, help="or how many times as fast, such as 1.5")
+    size.add_argument("--layers", type=numbers, default=(), help="or the layers that stay, such as 0,1,2,5,9")
     made.add_argument("--out", required=True, metavar="FOLDER", help="of the new checkpoint and its report.html")
-    made.add_argument("--minutes", type=float, default=20.0, help="in all (default: 20)")
+    made.add_argument("--minutes", type=float, default=20.0, help="in all, about (default: 20)")
     made.add_argument("--text", nargs="+", default=[], metavar="TEXT", dest="texts",
                       help="files, folders or names (default: wikitext-2, and what the model writes)")  # fmt: skip
-    made.add_argument("--strategy", default="", choices=["", *CHOICES], metavar="NAME",
+    made.add_argument("--strategy", default="", choices=CHOICES, metavar="NAME",
                       help=f"how layers are chosen: {', '.join(CHOICES)} (default: several, and the best)")  # fmt: skip
     made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA where there is one)")
-    made.add_argument("--dtype", default="auto", help="float32, bfloat16 (default: what the hardware multiplies in)")
+    made.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        metavar="NAME",
+        help="float32, bfloat16 (default: what the hardware multiplies in)",
+    )
     made.add_argument("--seed", type=int, default=0)
     return made
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 
 from paper_src import InputError, NotSupported, compaction, data, distillation, fidelity, models, recovery, timing
 from paper_src.coalitions import Evaluator, leave_one_out
-from paper_src.cutting.report import TASKS, report_files
+from paper_src.compaction import shown
+from paper_src.cutting.report import report_files, strategy_title, task_title
 from paper_src.cutting.request import Progress, Request
 from paper_src.scale.store import Store
 from paper_src.scoring import score_layers, weight_taylor
@@ -34,7 +36,7 @@ from paper_src.selection import (
 from paper_src.support.files import replacing
 from paper_src.support.generation import generated
 
-LENGTH, TEST_LENGTH = 128, 512  # tokens of calibration blocks and of test windows
+LENGTH = 128  # tokens of calibration blocks
 KINDS = ("wikitext-2", "c4", "code", "technical", "multilingual")  # of text on which every result is tested
 SEARCH, WRITTEN, REFIT, TEST = 0.2, 0.06, 0.08, 0.12  # shares of the minutes
 HOPELESS = 5.0  # times the perplexity of the best candidate: no refit makes up for that
@@ -44,6 +46,7 @@ SAVE = 0.03  # of the minutes: for the checkpoint and its report
 LOOKS = 0.1  # of a training's time: for its looks at validation text, two to six of them
 FEW = 8  # test windows that are too few for an interval
 PASSES = 3  # over the blocks of the distillation: the full model answers each once
+# tokens of test windows, too; shorter where the model reads no more
 READ, WRITE = timing.Workload("prefill_hidden", 1, 512), timing.Workload("decode", 1, 128, 16)
 
 
@@ -75,10 +78,18 @@ class Job:
         self.loaded = models.load_model(use.model, use.dtype, use.device)
         self.full, self.tokenizer = self.loaded.model, self.loaded.tokenizer
         self._require_same("digest", self.loaded.digest, "weights")
+        _require_causal(self.full)
         self.depth = len(models.decoder_layers(self.full))
+        longest = getattr(self.full.config.get_text_config(), "max_position_embeddings", None) or READ.length
+        if longest < LENGTH + WRITE.new_tokens:
+            raise InputError(f"{use.model} reads {longest} tokens at most: {LENGTH + WRITE.new_tokens} are needed")
+        self.read_length = min(READ.length, longest)
+        self.works = replace(READ, length=self.read_length), replace(WRITE, length=min(WRITE.length, longest - 16))
         self.k = self._number()
-        self.say(f"{use.model}: {models.count_parameters(self.full) / 1e6:,.0f} million parameters, "
-                 f"{self.k} of {self.depth} layers are to be kept")  # fmt: skip
+        self.say(f"{use.model}: {models.count_parameters(self.full):,} parameters, {self.k} of {self.depth} layers are "
+                 "to be kept")  # fmt: skip
+        if (Path(use.out).expanduser() / "report.html").is_file():
+            self.say(f"{use.out} is there already: it is made anew, and replaced at the end")
         return self.loaded
 
     def _require_same(self, name: str, value: object, what: str) -> None:
@@ -89,10 +100,12 @@ class Job:
     def _number(self) -> int:
         """k: from the share, the number or the speed that is asked for."""
         use = self.request
+        if use.layers:
+            return len(use.layers)
         if use.keep:
             return models.layer_counts([use.keep if use.keep < 1 else int(use.keep)], self.depth)[0]
-        prompt = timing.random_prompt(self.full, READ, 0)
-        flops = {k: timing.count_flops(compaction.compact(self.full, evenly_spaced(self.depth, k)), READ, prompt)
+        work, prompt = self.works[0], timing.random_prompt(self.full, self.works[0], 0)
+        flops = {k: timing.count_flops(compaction.compact(self.full, evenly_spaced(self.depth, k)), work, prompt)
                  for k in (self.depth, self.depth // 2)}  # fmt: skip
         layer = (flops[self.depth] - flops[self.depth // 2]) / (self.depth - self.depth // 2)
         fixed = flops[self.depth] - self.depth * layer
@@ -166,7 +179,7 @@ class Job:
                 row = {"name": name, "kept": kept_text(kept), "cut": before, "ppl_ratio": after, "refitted": near}
                 rows.append(row)
                 then = f"{after:.2f} refitted" if near else "not refitted"
-                self.say(f"{STRATEGIES[name].title}: {before:.2f} times the full perplexity, {then}")
+                self.say(f"{strategy_title(name)}: {before:.2f} times the full perplexity, {then}")
             self.progress.put("warnings", self.warnings)
             known = self.progress.put("candidates", sorted(rows, key=lambda row: row["ppl_ratio"]))
         self.kept = kept_tuple(known[0]["kept"])
@@ -176,6 +189,8 @@ class Job:
     def _candidates(self) -> dict[str, KeptLayers]:
         """Strategy -> kept layers: the one that is asked for, or those there is time for."""
         wanted, k = self.request.strategy, self.k
+        if self.request.layers:
+            return {"given": tuple(self.request.layers)}
         if k == self.depth:
             return {"evenly_spaced": tuple(range(k))}
         tokens = self._search_tokens()
@@ -311,7 +326,7 @@ class Job:
         own, others = self._windows()
         count = own * len(self.names) + others * len(set(KINDS) - set(self.names))
         runs = 30 * READ.length + 40 * (WRITE.length + 20 * WRITE.new_tokens)  # rounds of both models, a warm-up
-        return self._a_token() * (5 * count * TEST_LENGTH + runs) + SAVE * self.progress.limit
+        return self._a_token() * (5 * count * self.read_length + runs) + SAVE * self.progress.limit
 
     def _training_bytes(self) -> int:
         trained = models.count_parameters(self.small)
@@ -334,7 +349,7 @@ class Job:
             try:
                 text, _ = data.load_text(kind, "test")
                 count = self._windows()[kind not in self.names]
-                blocks = _as_many(self.tokenizer, text, count, self._test_length(), self.request.seed, kind)
+                blocks = _as_many(self.tokenizer, text, count, self.read_length, self.request.seed, kind)
             except InputError as error:
                 self.warn(f"not tested on {kind}: {error}")
                 continue
@@ -346,6 +361,10 @@ class Job:
                 rows.append({"text": kind, "model": name, "n_windows": len(blocks), **_quality(found["nll_nats"], own),
                              "cosine": float(found["cosine"].mean())})  # fmt: skip
             self.say(f"{kind}: recovered {rows[-1]['ppl_ratio']:.2f} times the full model's perplexity")
+            if rows[-1]["ppl_ratio"] > rows[-3]["ppl_ratio"]:
+                self.warn(f"on {shown(kind)} the repair made the model worse than the cut alone")
+            if rows[-4]["ppl"] > self.full.config.get_text_config().vocab_size:
+                self.warn(f"on {shown(kind)} the full model itself is worse than a uniform guess")
         if rows and (least := min(row["n_windows"] for row in rows)) < FEW:
             self.warn(f"as few as {least} test windows: intervals are rough, more minutes give more windows")
         return rows
@@ -356,13 +375,17 @@ class Job:
         The cut model before its repair has the recovered one's shapes, and so its speed.
         """
         rows = []
-        for work in (READ, WRITE):
-            (row,) = timing.compare_speed(self.full, {self.k: self.recovered}, work, rounds=9, seed=self.request.seed)
+        for work in self.works:
+            try:
+                (row,) = timing.compare_speed(self.full, {self.k: self.recovered}, work, 9, self.request.seed)
+            except NotSupported as error:
+                self.warn(str(error))
+                continue
             del row["seconds"]
             if not row["quiet"]:
-                self.warn(f"timed while other programs were at work, or rounds differ by much: {TASKS[work.task]}")
+                self.warn(f"timed while other programs were at work, or rounds differ by much: {task_title(row)}")
             rows.append(row)
-            self.say(f"{TASKS[work.task]}: {row['speedup']:.2f} times as fast as the full model")
+            self.say(f"{task_title(row)}: {row['speedup']:.2f} times as fast as the full model")
         return rows
 
     def save(self, tested: list[dict[str, object]], timed: list[dict[str, object]]) -> Path:
@@ -376,6 +399,8 @@ class Job:
             self.warn("below half of the layers, multiple-choice tasks are near chance: test yours")
         if use.texts:
             self.warn("calibrated on the given text only: other kinds are what the table says")
+        if (spent := self.progress.spent / 60) > 1.25 * use.minutes:
+            self.warn(f"it took {spent:.1f} minutes, not {use.minutes:g}: loading, testing and timing take theirs")
         final = self._as_stored()
         files, card = report_files(self, final, tested, timed)
         new = bool(_changed_names(self.recovered, self.full))
@@ -389,7 +414,7 @@ class Job:
     def chosen_by(self) -> str:
         """The strategy whose layers are kept, and its source."""
         name = self.progress.get("candidates")[0]["name"]
-        return f"{STRATEGIES[name].title} ({STRATEGIES[name].source})"
+        return f"{STRATEGIES[name].title} ({STRATEGIES[name].source})" if name in STRATEGIES else "the reader"
 
     def _as_stored(self) -> PreTrainedModel:
         """The recovered model in the checkpoint's own dtype: what no repair has changed, bit for bit."""
@@ -435,7 +460,7 @@ class Job:
     def _windows(self) -> tuple[int, int]:
         """Test windows of each own text, and of each other kind, for their share of the minutes."""
         if (known := self.progress.get("windows")) is None:
-            window = 3.5 * TEST_LENGTH * self._a_token()  # through the full model and three smaller ones
+            window = 3.5 * self.read_length * self._a_token()  # through the full model and three smaller ones
             half = TEST / 2 * self.progress.limit / window
             others = max(1, len(set(KINDS) - set(self.names)))
             known = [max(4, min(16, int(half / len(self.names)))), max(2, min(16, int(half / others)))]
@@ -450,10 +475,6 @@ class Job:
             self._measured = _seconds(lambda: self._passed(blocks)) / blocks.numel()
         return self._measured
 
-    def _test_length(self) -> int:
-        most = getattr(self.full.config.get_text_config(), "max_position_embeddings", None) or TEST_LENGTH
-        return min(TEST_LENGTH, most)
-
 
 def cut(model: str, out: str | Path, keep: float = 0.0, say: Callable[[str], None] = print, **settings: object) -> Path:
     """Cuts a model: loads, chooses layers, cuts, repairs, tests, times and saves; returns the checkpoint's folder.
@@ -463,7 +484,7 @@ def cut(model: str, out: str | Path, keep: float = 0.0, say: Callable[[str], Non
         out: folder of the new checkpoint, with its report.
         keep: layers to keep: their number, or a share below 1. Or give ``speed`` instead.
         say: called with a line of text whenever there is something to tell.
-        settings: the other fields of :class:`Request`: speed, minutes, texts, strategy, dtype, device, seed.
+        settings: the other fields of :class:`Request`: speed, layers, minutes, texts, strategy, dtype, device, seed.
 
     Raises:
         InputError: something that was given cannot be used; one line says what.
@@ -484,6 +505,16 @@ def _as_many(tokenizer: object, text: str, count: int, length: int, seed: int, n
     except InputError as error:
         reason = f"a part of it (of training, validation or test) holds no {length} tokens"
         raise InputError(f"{name} is too short: {reason}") from error
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel) -> None:
+    """Raise where a token's state depends on the tokens behind it: such a model writes no text."""
+    ids = torch.arange(4, device=model.device)[None]
+    before, after = (models.last_hidden(model, text)[:, :-1].float() for text in (ids, ids.where(ids < 3, 4)))
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
+    if not (before - after).norm() <= tolerance * before.norm():
+        raise InputError(f"{type(model).__name__} reads tokens that come later (an encoder?): give a model that writes")
 
 
 def _changed_names(small: PreTrainedModel, full: PreTrainedModel) -> list[str]:

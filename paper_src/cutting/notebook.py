@@ -15,20 +15,20 @@ def main(words: list[str] | None = None) -> int:
     command.prog = "./reproduce.sh cut"
     given = vars(command.parse_args(words))
     given |= {"model": _absolute(given["model"]), "texts": [_absolute(name) for name in given["texts"]]}
-    given["out"] = str(Path(given["out"]).expanduser().absolute())
+    given |= {"out": str(Path(given["out"]).expanduser().resolve()), "layers": list(given["layers"])}
     return status(lambda: _run(given))
 
 
 def _run(given: dict[str, object]) -> None:
     requested(given)
-    run.run_with(NOTEBOOK, given, Path(f"{given['out']}.run"), 60 * given["minutes"])
+    run.run_with(NOTEBOOK, given, Path(f"{given['out']}.run"))
     print(f"saved: {given['out']} (open {given['out']}/report.html)")
 
 
 def _absolute(name: str) -> str:
     """A path that exists, from wherever the notebook is run; another name as it is."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(path.resolve()) if path.exists() else name
 
 
 if __name__ == "__main__":

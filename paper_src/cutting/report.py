@@ -3,18 +3,18 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedModel
 
+from paper_src.compaction import shown
 from paper_src.models import count_parameters
 from paper_src.selection import STRATEGIES
 
 MODELS = ("cut", "refitted", "recovered")
-TASKS = {"prefill_hidden": "reading 512 tokens", "decode": "writing a token"}
 
 
 def report_files(
@@ -32,32 +32,38 @@ def report_files(
     return files, _card(facts)
 
 
+def task_title(row: Mapping[str, Any]) -> str:
+    """What a row of speeds is of, in words."""
+    return "writing a token" if row["task"] == "decode" else f"reading {row['length']} tokens"
+
+
+def strategy_title(name: str) -> str:
+    """How layers were chosen, in a word."""
+    return STRATEGIES[name].title if name in STRATEGIES else "given"
+
+
 def facts_of(job: Any, final: PreTrainedModel, tested: Sequence[dict], timed: Sequence[dict]) -> dict[str, Any]:
     """What the report's template is filled with."""
-    sizes = {name: {"parameters": count_parameters(model), "bytes": _bytes(model)}
-             for name, model in (("full", job.full), ("recovered", final))}  # fmt: skip
+    parameters = {"full": count_parameters(job.full), "recovered": count_parameters(final)}
+    sizes = {name: {"parameters": count, "bytes": count * final.dtype.itemsize} for name, count in parameters.items()}
     most = max([math.log(max(row["ppl_ratio"], 1)) for row in tested], default=0) or 1.0
     tested = [{**row, "bar": 100 * math.log(max(row["ppl_ratio"], 1)) / most} for row in tested]
     quality = []
     for kind in dict.fromkeys(row["text"] for row in tested):
         rows = {row["model"]: row for row in tested if row["text"] == kind}
         quality.append({"text": Path(kind).name, "own": kind in job.names, "full": rows["full"], **rows})
-    candidates = [{**row, "title": STRATEGIES[row["name"]].title} for row in job.progress.get("candidates")]
+    candidates = [{**row, "title": strategy_title(row["name"])} for row in job.progress.get("candidates")]
     return {
-        "model": job.request.model, "name": Path(job.request.out).name, "kept": list(job.kept), "depth": job.depth,
-        "chosen_by": job.chosen_by, "candidates": candidates, "tokens": job.tokens,
+        "model": shown(job.request.model), "name": Path(job.request.out).name, "kept": list(job.kept),
+        "depth": job.depth, "chosen_by": job.chosen_by, "candidates": candidates, "tokens": job.tokens,
         "texts": ", ".join(Path(name).name for name in job.names),
         "own_text": job.own_text,
         "sizes": sizes, "quality": quality, "models": MODELS, "seed": job.request.seed,
-        "speed": [{**row, "title": TASKS[row["task"]]} for row in timed], "warnings": job.warnings,
+        "speed": [{**row, "title": task_title(row)} for row in timed], "warnings": job.warnings,
         "minutes": job.progress.spent / 60, "dtype": str(final.dtype).removeprefix("torch."),
-        "device": str(job.full.device), "digest": job.loaded.digest[:12],
+        "device": str(job.full.device), "computing": str(job.full.dtype).removeprefix("torch."),
+        "digest": job.loaded.digest[:12],
     }  # fmt: skip
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _csv(rows: Sequence[dict]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from paper_src import InputError
@@ -22,6 +22,7 @@ class Request:
     out: str  # folder of the checkpoint and its report
     keep: float = 0.0  # layers to keep: their number, or a share below 1
     speed: float = 0.0  # or how many times as fast, by floating-point operations of reading 512 tokens
+    layers: tuple[int, ...] = ()  # or these layers, chosen by the reader
     minutes: float = 20.0
     texts: tuple[str, ...] = ()  # files, folders or names; none: WikiText-2, and what the model writes itself
     strategy: str = ""  # how the layers are chosen, one of ``CHOICES``; empty: several, and the best of them
@@ -31,8 +32,11 @@ class Request:
 
     def checked(self) -> "Request":
         """The same; InputError if it asks for nothing that can be done."""
-        if bool(self.keep) == bool(self.speed):
-            raise InputError("give either keep, a number of layers or a share such as 0.75, or speed, such as 1.5")
+        if sum(map(bool, (self.keep, self.speed, self.layers))) != 1:
+            raise InputError("give either keep, a number of layers or a share such as 0.75, or speed, such as 1.5, "
+                             "or the layers that stay")  # fmt: skip
+        if isinstance(self.keep, float) and self.keep == 1:
+            raise InputError("keep 1.0: a share is below 1; give 1 for a single layer")
         if not (0 <= self.keep < math.inf) or (self.keep > 1 and self.keep != int(self.keep)):
             raise InputError(f"keep {self.keep}: give a number of layers, or a share such as 0.75")
         if self.speed and not 1 < self.speed < math.inf:
@@ -41,9 +45,12 @@ class Request:
             raise InputError(f"minutes {self.minutes}: give more than 0")
         if self.strategy and self.strategy not in CHOICES:
             raise InputError(f"strategy {self.strategy!r}: use one of {', '.join(CHOICES)}")
-        local = [name for name in (self.model, *self.texts) if Path(name).expanduser().exists()]
+        if self.strategy and self.layers:
+            raise InputError(f"strategy {self.strategy!r} beside given layers: give one of the two")
+        texts = (self.texts,) if isinstance(self.texts, str) else self.texts
+        local = [name for name in (self.model, *texts) if Path(name).expanduser().exists()]
         writable_folder(self.out, local)
-        return self
+        return replace(self, texts=tuple(texts))
 
 
 class Progress:
@@ -60,13 +67,8 @@ class Progress:
         key = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
         self._known: dict[str, object] = {"request": key, "spent": 0.0}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             before = json.loads(self._path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            before = {}
-        except OSError as error:
-            raise InputError(f"cannot write {self.folder} ({error.strerror}): choose another folder") from error
-        except ValueError:  # cut off
+        except (OSError, ValueError):  # none, or cut off
             before = {}
         if before.get("request") == key:
             self._known = before
@@ -89,6 +91,10 @@ class Progress:
     def put(self, name: str, value: object) -> object:
         """Keep a value of plain types, on disk; returns it."""
         self._known |= {name: value, "spent": self.spent}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder} ({error.strerror}): choose another folder") from error
         with replacing(self._path) as part:
             part.write_text(json.dumps(self._known), encoding="utf-8")
         return value

@@ -62,11 +62,11 @@ def build(source: Path, target: Path, notebooks: Path = Path("notebooks")) -> Pa
 
 
 def functions(folder: Path) -> dict[str, str]:
-    """First paragraph of the docstring of every function in the modules of a folder, by the function's name."""
+    """First paragraph of the docstring of every function in the modules of a folder, by the function's name, without its markup."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
     found = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
     told = {node.name: (ast.get_docstring(node) or "").split("\n\n")[0] for node in found}
-    return {name: " ".join(text.replace("`", "").split()) for name, text in told.items()}
+    return {name: " ".join(re.sub(r"`|\*(?=\w)|(?<=\w)\*", "", text).split()) for name, text in told.items()}
 
 
 class Page:

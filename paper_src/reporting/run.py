@@ -45,7 +45,7 @@ def run(notebook: Path, profile: Path, results: Path, given: dict[str, str], ver
     _logged(notebook, parameters, output, log, head, expected, lambda terminal: [terminal] if verbose else [])
 
 
-def run_with(notebook: Path, parameters: dict[str, object], folder: Path, expected: float) -> None:
+def run_with(notebook: Path, parameters: dict[str, object], folder: Path, expected: float | None = None) -> None:
     """Execute ``notebook`` with these parameters; its copy and log in ``folder``, what it says in the terminal."""
     log, output = folder / f"{notebook.stem}.log", folder / notebook.name
     _logged(notebook, parameters, output, log, notebook.stem, expected, lambda terminal: [Said(terminal)])

@@ -16,13 +16,14 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 import paper_src
 from paper_src import timing
 from paper_src.cutting import job as steps
 from paper_src.cutting.__main__ import main
 from paper_src.cutting.job import Job
+from paper_src.cutting.report import facts_of
 from paper_src.cutting.request import CHOICES, Progress, Request
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,46 @@ def test_a_speed_gives_the_number_of_layers_that_has_it(tmp_path):
     assert flops[0] / flops[1] >= 1.5 > flops[0] / flops[2]
 
 
+def saved(folder, model):
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+def test_given_layers_are_the_only_candidate(tmp_path):
+    job = Job(request(tmp_path, keep=0, layers=(0, 1, 2, 5)), say=lambda line: None)
+    job.load(), job.read()
+    (row,) = job.search()
+    assert (row["name"], job.kept, job.k, job.chosen_by) == ("given", (0, 1, 2, 5), 4, "the reader")
+
+
+def test_a_model_of_few_positions_is_read_and_timed_as_far_as_it_goes(tmp_path, make_model):
+    full = make_model("gpt2", max_position_embeddings=256, vocab_size=512)
+    job = Job(request(tmp_path, model=saved(tmp_path / "short", full), keep=2), say=lambda line: None)
+    job.load(), job.read()
+    job.recovered = steps.compaction.compact(job.full, (0, 1))
+    assert [(row["task"], row["length"]) for row in job.time()] == [("prefill_hidden", 256), ("decode", 128)]
+    assert steps.task_title({"task": "prefill_hidden", "length": 256}) == "reading 256 tokens"
+
+
+def test_a_model_that_sees_what_comes_is_refused(tmp_path, refused):
+    words = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = BertLMHeadModel(BertConfig(vocab_size=512, initializer_range=0.2, **words))
+    job = Job(request(tmp_path, model=saved(tmp_path / "bert", encoder), dtype="float32"), say=lambda line: None)
+    with refused("BertLMHeadModel reads tokens that come later"):
+        job.load()
+
+
+def test_a_report_compares_sizes_in_the_checkpoints_own_dtype(tmp_path):
+    job = Job(request(tmp_path, dtype="bfloat16"), say=lambda line: None)
+    job.load(), job.read(), job.search()
+    job.recovered, job.tokens = steps.compaction.compact(job.full, job.kept), {"refit": 0, "distilled": 0}
+    facts = facts_of(job, job._as_stored(), [], [])
+    counts = [steps.models.count_parameters(model) for model in (job.full, job.recovered)]
+    assert (facts["dtype"], facts["computing"]) == ("float32", "bfloat16")
+    assert [facts["sizes"][name]["bytes"] for name in ("full", "recovered")] == [4 * count for count in counts]
+
+
 @pytest.mark.parametrize("strategy", CHOICES)
 def test_every_strategy_can_be_asked_for(tmp_path, strategy):
     job = Job(request(tmp_path, strategy=strategy), say=lambda line: None)
@@ -206,6 +247,10 @@ def test_every_strategy_can_be_asked_for(tmp_path, strategy):
     [
         ({"keep": 0.0}, "give either keep"),
         ({"speed": 2.0}, "give either keep"),
+        ({"keep": 1.0}, "keep 1.0: a share is below 1"),
+        ({"layers": (0, 1)}, "give either keep"),
+        ({"keep": 0.0, "layers": (0, 1), "strategy": "sleb"}, "strategy 'sleb' beside given layers"),
+        ({"texts": MODEL, "out": MODEL}, "which is read: give a folder elsewhere"),
         ({"keep": 2.5}, "keep 2.5: give a number of layers, or a share"),
         ({"keep": -1.0}, "keep -1.0"),
         ({"keep": 0.0, "speed": 0.9}, "speed 0.9: give more than 1"),
@@ -228,8 +273,9 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(tmp_p
     [
         (["nowhere/at-all/here", "--keep", "0.5"], "no model 'nowhere/at-all/here'"),
         ([MODEL, "--keep", "9"], "keep 9: the model has 8 layers"),
+        ([MODEL, "--layers", "0,5,3"], "kept layers [0, 5, 3]: give each once, in increasing order"),
         ([MODEL, "--speed", "50"], "speed 50.0: with a single layer this model is"),
-        ([MODEL, "--keep", "4", "--text", "no-such-text"], "no text no-such-text"),
+        ([MODEL, "--keep", "4", "--text", "no-such-text"], "no text no-such-text: give wikitext-2"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, words, message, monkeypatch):
