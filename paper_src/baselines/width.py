@@ -22,8 +22,8 @@ def width_pruned(
     divide the hidden size, as transformers asks. x_u is what unit u gives to its part's output matrix W.
 
     Args:
-        score: ``norm``, E |W_u x_u|^2; or ``fluctuation``, var(x_j) |W_j|^2 of a neuron j, of a group of heads the sum of
-            its squares (FLAP's code, arXiv:2312.11983; in its variant of the same widths everywhere, UL-UM).
+        score: ``norm``, E |W_u x_u|^2; or ``fluctuation``, var(x_j) |W_j|^2 of a neuron j, of a group of heads the sum
+            of its squares (FLAP's code, arXiv:2312.11983; in its variant of the same widths everywhere, UL-UM).
         repair: of W: ``none``; ``refit``, least squares on the inputs S that stay, W' = W M_:S (M_SS + ridge)^-1 with
             M = E x x^T; or ``bias``, as in FLAP, what the removed inputs give on average, W_j E x_j.
 

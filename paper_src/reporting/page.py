@@ -62,7 +62,7 @@ def build(source: Path, target: Path, notebooks: Path = Path("notebooks")) -> Pa
 
 
 def functions(folder: Path) -> dict[str, str]:
-    """First paragraph of the docstring of every function in the modules of a folder, by the function's name, without its markup."""
+    """First paragraph of the docstring, without markup, of every function in a folder's modules, by its name."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
     found = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
     told = {node.name: (ast.get_docstring(node) or "").split("\n\n")[0] for node in found}
