@@ -83,9 +83,12 @@ def f7_pareto(table: pd.DataFrame) -> Figure:
         worse = len(known) - len(rows)
         if worse:
             axes[0].set_xlabel(f"above {WORST:,} and left out: {worse}")
-        for family, colour in FAMILIES.items():
+        there = {family: colour for family, colour in FAMILIES.items() if family in set(rows["family"])}
+        for family, colour in there.items():
             axes[0].scatter([], [], color=colour, label=family)
-        figure.legend(loc="outside lower center", ncols=len(FAMILIES))
+        axes[0].plot([], [], "o", ms=5, mec="black", mfc="white", label="not trained")
+        axes[0].plot([], [], color="black", lw=0.8, label="frontier")
+        figure.legend(loc="outside lower center", ncols=len(there) + 2)
     plt.close(figure)
     return figure
 
@@ -107,7 +110,7 @@ def _dots(axis: Axes, rows: pd.DataFrame, metric: str) -> None:
 def _staircase(axis: Axes, rows: pd.DataFrame, cost: str) -> None:
     """The frontier of quality and ``cost`` in rows sorted by quality."""
     best = rows[cost].cummax() if cost.endswith("speedup") else rows[cost].cummin()
-    axis.step(best, np.arange(len(rows)), where="pre", color="black", lw=0.8, zorder=1)
+    axis.step(best.ffill(), np.arange(len(rows)), where="pre", color="black", lw=0.8, zorder=1)
 
 
 ROUNDS, QUIET = "prefill_hidden_rounds", "prefill_hidden_quiet"

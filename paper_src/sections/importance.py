@@ -127,6 +127,7 @@ def f1_agreement(agreement: pd.DataFrame) -> Figure:
     matrix = agreement.pivot(index="score_a", columns="score_b", values="kendall_tau").loc[names, names]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure, axis = plt.subplots(figsize=(7.4, 6.2))
+        figure.get_layout_engine().set(w_pad=0.12)
         image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
         labels = [title(name) for name in names]
         axis.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor")

@@ -119,6 +119,7 @@ def f6_recommendation(tables: Mapping[str, pd.DataFrame], titles: pd.DataFrame, 
         lines = [Line2D([], [], ls="--", color=colour, label=name.replace("_", " ")) for name, colour in LINES.items()]
         lines.append(Line2D([], [], ls=":", color="black", label="random order"))
         lines.append(Line2D([], [], ls="", marker="s", color=GREY, label="SASRec"))
+        lines.append(Line2D([], [], ls="", marker="o", color=GREY, alpha=0.3, label="design fails"))
         figure.legend(handles=[*dots, *lines], loc="outside lower center", ncols=5)
     plt.close(figure)
     return figure

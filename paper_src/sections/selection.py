@@ -211,7 +211,8 @@ def f2_strategies(strategies: pd.DataFrame) -> Figure:
         for shade, text in ((BLUE, "published strategy or search"), (ORANGE, "score or rule"), (GREY, "control")):
             first.plot([], [], "o", ms=5, color=shade, label=text)
         first.plot([], [], "o", ms=8, color="white", mec=RED, mew=1.8, label="chosen")
-        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        first.plot([], [], color="black", ls="", marker="$12$", ms=9, label="cost, thousands of tokens")
+        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     plt.close(figure)
     return figure
 
