@@ -180,7 +180,7 @@ def f9_models(depths: pd.DataFrame) -> Figure:
             axis.xaxis.set_major_formatter("{x:.0%}")
             axis.yaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel("perplexity / full model's")
-        axes[0].errorbar([], [], [], fmt="o", ms=5, mec="black", mfc="white", label="over all kinds of text")
+        axes[0].errorbar([], [], [], fmt="o", ms=5, mec="black", mfc="white", elinewidth=0, label="all kinds of text")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     plt.close(figure)
     return figure
