@@ -361,13 +361,21 @@ class Job:
                 rows.append({"text": kind, "model": name, "n_windows": len(blocks), **_quality(found["nll_nats"], own),
                              "cosine": float(found["cosine"].mean())})  # fmt: skip
             self.say(f"{kind}: recovered {rows[-1]['ppl_ratio']:.2f} times the full model's perplexity")
-            if rows[-1]["ppl_ratio"] > rows[-3]["ppl_ratio"]:
-                self.warn(f"on {shown(kind)} the repair made the model worse than the cut alone")
-            if rows[-4]["ppl"] > self.full.config.get_text_config().vocab_size:
-                self.warn(f"on {shown(kind)} the full model itself is worse than a uniform guess")
+        self._warn_of_quality(rows)
         if rows and (least := min(row["n_windows"] for row in rows)) < FEW:
             self.warn(f"as few as {least} test windows: intervals are rough, more minutes give more windows")
         return rows
+
+    def _warn_of_quality(self, rows: Sequence[dict[str, object]]) -> None:
+        """Notes on texts where the repair did harm, or the full model knows nothing."""
+        by = {(row["text"], row["model"]): row for row in rows}
+        kinds, guess = dict.fromkeys(kind for kind, _ in by), self.full.config.get_text_config().vocab_size
+        harmed = [shown(kind) for kind in kinds if by[kind, "recovered"]["ppl"] > by[kind, "cut"]["ppl"]]
+        unknown = [shown(kind) for kind in kinds if by[kind, "full"]["ppl"] > guess]
+        if harmed:
+            self.warn(f"on {', '.join(harmed)} the repaired model is worse than the cut one")
+        if unknown:
+            self.warn(f"on {', '.join(unknown)} the full model itself is worse than a uniform guess")
 
     def time(self) -> list[dict[str, object]]:
         """A row for reading a prompt and one for writing: seconds of full over recovered, with their interval.

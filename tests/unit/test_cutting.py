@@ -411,3 +411,14 @@ def test_the_command_runs_the_notebook_and_tells_how_far_it_is(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.num_hidden_layers == 4
     assert (tmp_path / "small.run/10_your_model.ipynb").is_file()
     assert "not tested on c4" in (tmp_path / "small/report.html").read_text()
+
+
+def test_harm_done_by_a_repair_is_said_once_for_all_texts(tmp_path):
+    job = Job(request(tmp_path), say=lambda line: None)
+    job.load()
+    ppl = {"a": (9.0, 30.0, 20.0), "b": (9.0, 30.0, 40.0), "c": (1000.0, 30.0, 40.0)}  # full, cut, recovered
+    rows = [{"text": text, "model": model, "ppl": value} for text, values in ppl.items()
+            for model, value in zip(("full", "cut", "recovered"), values, strict=True)]  # fmt: skip
+    job._warn_of_quality(rows)
+    assert job.warnings == ["on b, c the repaired model is worse than the cut one",
+                            "on c the full model itself is worse than a uniform guess"]  # fmt: skip
