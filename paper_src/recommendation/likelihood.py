@@ -5,7 +5,7 @@ pointwise mutual information (arXiv:2104.08315), here per token, where the paper
 at no advantage; its likelihood alone says most of all how common its words are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -91,6 +91,10 @@ class TitleModel:
         alone = torch.tensor([self.alone[int(item)] for item in candidates])
         return (self.scores(history, candidates) - alone).round(decimals=4)
 
+    def lengths(self, candidates: Sequence[int]) -> Tensor:
+        """(C,) tokens over which a candidate's score is a mean."""
+        return torch.tensor([len(self.titles[int(item)]) + len(self.bullet) for item in candidates])
+
     def read_alone(self, items: Iterable[int], batch_size: int = 32) -> None:
         """Score the titles of ``items`` behind the opening, those that are not known yet."""
         new = sorted({int(item) for item in items} - self.alone.keys())
@@ -151,18 +155,15 @@ class TitleModel:
         return torch.stack([title.mean() for title in found.split([len(end) for end in ends])])
 
 
-def ranks_within(
-    scores: Callable[[Sequence[int], Sequence[int]], Tensor], histories: Sequences, candidates: np.ndarray,
-    seed: int = 0,
-) -> np.ndarray:  # fmt: skip
-    """(U,) rank of the first candidate of each user, 1 is best; equal scores (equal titles) stand in random order.
+def ranks_within(scores: Sequence[Tensor], seed: int = 0) -> np.ndarray:
+    """(U,) rank of each user's first candidate by their scores, 1 is best; equal ones (equal titles) stand in random
+    order.
 
     Raises:
         InputError: a score that is NaN.
     """
-    rng, found = np.random.default_rng(seed), np.empty(len(candidates), dtype=np.int64)
-    for user, (history, row) in enumerate(zip(histories, candidates, strict=True)):
-        values = scores(history, row)
+    rng, found = np.random.default_rng(seed), np.empty(len(scores), dtype=np.int64)
+    for user, values in enumerate(scores):
         if values.isnan().any():
             raise InputError(f"scores of user {user} are NaN: load the model in another dtype")
         found[user] = int((values > values[0]).sum()) + rng.integers(1, int((values == values[0]).sum()) + 1)

@@ -1,7 +1,7 @@
 """Rows of section 6: which designs can judge compaction, and does the compact model still recommend in those?"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -166,25 +166,29 @@ class Asked:
         counts = np.bincount(np.concatenate(trial.users["all"]), minlength=trial.items)
         self.candidates = candidates_alike(counts, self.histories, trial.test[1][drawn], count, self.seed)
         self.ranks: dict[str, np.ndarray] = {}
+        self.summed: dict[str, np.ndarray] = {}  # ranks by gains summed over a title's tokens
         self.speed: dict[str, float] = {}
         self.place(POPULAR, ranking.most_popular(trial.users["all"], trial.items))
         self.place(KNN, trial.knn[0])
 
     def place(self, name: str, scorer: ranking.Scorer) -> None:
         """Let a recommender of the whole catalogue rank everybody's candidates."""
-        self.ranks[name] = self._ranks(lambda history, row: scorer([history])[0, torch.as_tensor(row)])
-        self.speed[name] = np.nan
+        scores = [scorer([history])[0, torch.as_tensor(row)] for history, row in self._asked()]
+        self.ranks[name], self.speed[name] = ranks_within(scores, self.seed), np.nan
 
-    def _ranks(self, scores: Callable) -> np.ndarray:
-        return ranks_within(scores, self.histories, self.candidates, self.seed)
+    def _asked(self) -> Iterable[tuple[Sequence[int], np.ndarray]]:
+        return zip(self.histories, self.candidates, strict=True)
 
     def enter(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let ``model`` rank everybody's candidates; titles alone are read before, as once for a catalogue."""
         titles = TitleModel(model, tokenizer, self.trial.data.texts, self.length)
         titles.read_alone(self.candidates.flat)
         start = time.perf_counter()
-        self.ranks[name] = self._ranks(titles.gains)
+        gains = [titles.gains(history, row) for history, row in self._asked()]
         self.speed[name] = len(self.candidates) / (time.perf_counter() - start)
+        self.ranks[name] = ranks_within(gains, self.seed)
+        summed = [own * titles.lengths(row) for own, row in zip(gains, self.candidates, strict=True)]
+        self.summed[name] = ranks_within(summed, self.seed)
 
     def ndcg10(self, name: str) -> np.ndarray:
         """(1, U) of each user within the candidates."""
@@ -197,6 +201,8 @@ class Asked:
             values = {metric: found[None] for metric, found in ranking.metrics_of(ranks).items()}
             row = {"dataset": self.trial.data.name, "model": name, "n_users": len(ranks),
                    "candidates": self.candidates.shape[1], "users_per_s": self.speed[name]} | _told(values)  # fmt: skip
+            own = ranking.metrics_of(self.summed[name])["ndcg10"] if name in self.summed else np.array([])
+            row |= _told({"ndcg10_summed": own[None]})
             for column, base in zip((*RATIOS, "over_knn"), ("full", BARE, KNN), strict=True):
                 other = self.ndcg10(base) if base in self.ranks and base != name else None
                 row |= ratio(column, values["ndcg10"], other, self.seed)

@@ -122,18 +122,20 @@ def test_more_candidates_than_items_are_refused(refused):
 
 
 def test_ranks_by_hand():
-    def scores(history, candidates):
-        return torch.tensor([float(len(ITEMS[item])) for item in candidates])
-
-    candidates = np.array([[0, 1, 2], [2, 3, 0], [3, 2, 1]])
-    assert ranks_within(scores, [np.array([3])] * 3, candidates).tolist() == [2, 3, 1]
+    scores = [torch.tensor(row) for row in ([2.0, 3.0, 1.0], [1.0, 4.0, 2.0], [4.0, 1.0, 3.0])]
+    assert ranks_within(scores).tolist() == [2, 3, 1]
 
 
 def test_equal_scores_stand_in_random_order():
-    found = ranks_within(lambda history, row: torch.zeros(4), [[0]] * 2000, np.tile(np.arange(4), (2000, 1)))
+    found = ranks_within([torch.zeros(4)] * 2000)
     assert np.bincount(found, minlength=5)[1:] / 2000 == pytest.approx([0.25] * 4, abs=0.04)
 
 
 def test_a_score_that_is_nan_is_refused(refused):
     with refused("scores of user 0 are NaN"):
-        ranks_within(lambda history, row: torch.tensor([1.0, torch.nan]), [[1]], np.array([[2, 3]]))
+        ranks_within([torch.tensor([1.0, torch.nan])])
+
+
+def test_lengths_are_the_tokens_that_a_score_is_a_mean_over(words):
+    expected = [len(words(f" {title}{BULLET}", add_special_tokens=False)["input_ids"]) for title in ITEMS[:3]]
+    assert titles(words, longest=99).lengths([0, 1, 2]).tolist() == expected

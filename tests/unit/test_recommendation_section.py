@@ -196,6 +196,8 @@ def assert_judged(contest, table, models, tokenizer):
         everyone.loc["full", "ndcg10"] / everyone.loc["item_knn", "ndcg10"]
     )
     assert everyone["users_per_s"].notna().tolist() == [False, False, True, True, True]
+    assert everyone["ndcg10_summed"].notna().tolist() == [False, False, True, True, True]
+    assert everyone.loc[rows.BARE, "ndcg10_summed"] == everyone.loc[rows.BARE, "ndcg10"]  # all gains are zero
     made = {"t6_movielens": table, "t6_titles": titles, "t6_gate": gates}
 
     def read(name):
