@@ -136,6 +136,16 @@ def tokenizer():
 
 
 @pytest.fixture
+def texts(tmp_path):
+    """Two folders of text, one all of a kind; the splits of each differ."""
+    for name, words in (("plain", "the cat sat on the mat and the dog ran "), ("other", "zzz yyy xxx www vvv ")):
+        (tmp_path / name).mkdir()
+        for split in ("train", "valid", "test"):
+            (tmp_path / name / f"{split}.txt").write_text(f"{split} {words}" * 60)
+    return [str(tmp_path / "plain"), str(tmp_path / "other")]
+
+
+@pytest.fixture
 def refused():
     """``with refused(match):`` the body raises InputError, in one line that matches."""
 

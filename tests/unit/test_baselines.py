@@ -1,6 +1,7 @@
 """Quantization, sparsity, width, low rank and merging: sizes counted, identities, hand-computed choices."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from conftest import build_model
 from torch import nn
 
 from paper_src import NotSupported
+from paper_src.baselines import depth
 from paper_src.baselines.depth import _merged, laco
 from paper_src.baselines.low_rank import factors, low_rank
 from paper_src.baselines.moments import input_moments, linears
 from paper_src.baselines.quantization import cast, dynamic_quantized, torchao_quantized
 from paper_src.baselines.sparsity import magnitude_pruned, masked, unmasked, wanda, zeros
-from paper_src.baselines.width import width_pruned
+from paper_src.baselines.width import _widths, width_pruned
 from paper_src.compaction import compact
 from paper_src.models import count_parameters, decoder_layers, last_hidden
 
@@ -72,6 +74,10 @@ def test_sparsity_is_exact(model, moments, sparsity):
     assert zeros(model) == 0
 
 
+def test_zeros_of_quantized_weights_are_not_told():
+    assert math.isnan(zeros(dynamic_quantized(build_model("llama", **DENSE))))
+
+
 def test_two_of_four_leaves_two_of_every_four(model, moments):
     small = wanda(model, moments, 0.5, group=4)
     for _, linear in linears(small):
@@ -88,6 +94,10 @@ def test_wanda_weighs_by_the_norm_of_the_input(model):
     found = dict(linears(wanda(model, moments, 0.5)))[name].weight
     assert (found[:, : size // 2] != 0).all()
     assert (found[:, size // 2 :] == 0).all()
+    linear.weight.data[:, ::2] = 3.0
+    moments[name] = torch.diag(torch.tensor([1.0, 4.0]).repeat(size // 2))  # 3 * 1 is above 1 * 2, and below 1 * 4
+    found = dict(linears(wanda(model, moments, 0.5)))[name].weight
+    assert (found[:, ::2] != 0).all() and (found[:, 1::2] == 0).all()
 
 
 def test_masked_weights_stay_zero_through_a_step(model):
@@ -127,6 +137,17 @@ def test_narrowing_takes_away_what_does_nothing(model, make_blocks):
     assert (small.config.num_key_value_heads, small.config.intermediate_size) == (4, 64)
     ids = make_blocks(1, 12)
     assert torch.allclose(small(ids).logits, model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.85, 0.9])
+def test_attention_and_mlp_get_narrower_by_shares_as_alike_as_can_be(model, share):
+    """Of all pairs of the size asked for: g of 6 groups of two heads, where 2 g divides the width, and n of 96."""
+    group, neuron, full = 2 * 16 * 96 + 2 * 8 * 96, 3 * 96, count_parameters(model)
+    size = int(share * full)
+    room = (size - (full - 4 * (6 * group + 96 * neuron))) // 4  # of one layer's maps
+    pairs = [(groups, min(96, (room - groups * group) // neuron)) for groups in (1, 2, 3, 4, 6)]
+    expected = min((pair for pair in pairs if pair[1] > 0), key=lambda pair: abs(pair[0] / 6 - pair[1] / 96))
+    assert _widths(model, decoder_layers(model), size) == expected
 
 
 def test_too_small_a_size_is_refused(model, moments, refused):
@@ -192,6 +213,18 @@ def test_laco_ends_at_the_depth_asked_for_where_few_layers_are_left(make_blocks,
     assert len(decoder_layers(small)) == k
 
 
+def test_laco_merges_nothing_that_stays_no_nearer_than_its_threshold(model, make_blocks):
+    small = laco(model, 3, make_blocks(2, 8), thresholds=(2.0,))  # which no cosine is above
+    assert len(decoder_layers(small)) == 4
+
+
+def test_laco_goes_down_by_its_interval_from_one_merge_to_the_next(make_blocks, monkeypatch):
+    lows, merged = [], depth._merged
+    monkeypatch.setattr(depth, "_merged", lambda model, low, *rest: lows.append(low) or merged(model, low, *rest))
+    laco(build_model("llama", num_hidden_layers=8), 6, make_blocks(2, 8), most=2, interval=3, thresholds=(-1.0,))
+    assert lows == [5, 2]  # 5 and 6 become one: the first merge leaves out the last layer
+
+
 def test_a_merged_layer_is_the_sum_of_the_differences(model):
     small = _merged(model, 1, 3)
     layers = decoder_layers(model)
@@ -206,6 +239,10 @@ def test_torchao_stays_near_the_model(model, kind, bound):
     small = torchao_quantized(model, kind)
     error = (last_hidden(small, ids) - last_hidden(model, ids)).norm() / last_hidden(model, ids).norm()
     assert 0 < error < bound
+
+
+def test_torchao_leaves_the_head_as_it_is(model):
+    assert type(torchao_quantized(model, "int8_weight").lm_head.weight.data) is torch.Tensor
 
 
 def test_torch_ao_dynamic_stays_near_the_model(model):

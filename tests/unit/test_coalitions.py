@@ -3,6 +3,7 @@
 import itertools
 import math
 import sqlite3
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import CAUSAL, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paper_src import coalitions, fidelity, models, scoring
+from paper_src import NotSupported, coalitions, fidelity, layers, models, scoring
 from paper_src.coalitions import Evaluator, leave_one_out, shapley
 from paper_src.compaction import compact
 from paper_src.layers import SubsetRunner
@@ -117,8 +118,9 @@ class TestEvaluator:
         assert capped == pytest.approx(losses.clamp(max=math.log(96)).mean().item(), rel=1e-5)
         assert plain == pytest.approx(losses.mean().item(), rel=1e-5)
 
-    def test_losses_are_lower_for_the_better_subset_whatever_the_metric(self, llama, make_blocks):
-        evaluator = Evaluator(llama, make_blocks(2, 12), ["cosine"])
+    @pytest.mark.parametrize("metric", [name for name in METRICS if "nll" not in name])
+    def test_losses_are_lower_for_the_better_subset_whatever_the_metric(self, llama, make_blocks, metric):
+        evaluator = Evaluator(llama, make_blocks(2, 12), [metric], torch.zeros(32))
         everything, some = evaluator.losses([range(4), (0, 3)])
         assert everything < some
 
@@ -141,6 +143,31 @@ class TestEvaluator:
             Evaluator(llama, make_blocks(2, 12), ["accuracy"])
         with refused("needs the mean state"):
             Evaluator(llama, make_blocks(2, 12), ["cosine_centred"])
+
+    def test_layers_that_hand_on_more_than_their_states_are_refused(self, llama, make_blocks, monkeypatch):
+        class HandsOn(layers.LayerRunner):
+            def __init__(self, model):
+                super().__init__(model)
+                self.hands_on = True
+
+        monkeypatch.setattr(layers, "LayerRunner", HandsOn)
+        with pytest.raises(NotSupported, match="hand on more than their states"):
+            Evaluator(llama, make_blocks(2, 8))
+
+    def test_a_model_that_does_more_than_run_its_layers_is_refused(self, llama, make_blocks, monkeypatch):
+        def scaled(model, ids):  # of the model alone, not of its layers run one by one
+            return last_hidden(model, ids) * (1.01 if model is llama else 1)
+
+        last_hidden = layers.last_hidden
+        monkeypatch.setattr(layers, "last_hidden", scaled)
+        with pytest.raises(NotSupported, match="does more than run its layers"):
+            Evaluator(llama, make_blocks(2, 8))
+
+    def test_seconds_of_all_subsets_are_no_more_than_have_passed(self, llama, make_blocks):
+        evaluator, start = Evaluator(llama, make_blocks(2, 12)), time.perf_counter()
+        with coalitions.cost_of([evaluator]) as cost:
+            evaluator.evaluate(subsets(4))
+        assert 0 < cost.seconds <= time.perf_counter() - start
 
     def test_cost_counts_each_subset_once_and_shared_prefixes_once(self, llama, make_blocks):
         evaluator = Evaluator(llama, make_blocks(2, 12))
@@ -166,9 +193,9 @@ class TestEvaluator:
 
 
 class TestStore:
-    def ask(self, model, blocks, path, metrics=("nll_nats",)):
+    def ask(self, model, blocks, path, metrics=("nll_nats",), scored=None):
         """Values of three subsets, and how many of them had to be computed."""
-        evaluator = Evaluator(model, blocks, metrics, store=Store(path, model))
+        evaluator = Evaluator(model, blocks, metrics, scored=scored, store=Store(path, model))
         before = len(evaluator._known)
         return evaluator.evaluate([(0, 1), (0, 2), ()]), 3 - before
 
@@ -181,11 +208,12 @@ class TestStore:
         assert computed == 0
         np.testing.assert_array_equal(found, expected)
 
-    def test_other_weights_texts_and_metrics_are_not_mixed_in(self, llama, make_blocks, tmp_path):
+    def test_other_weights_texts_metrics_and_scored_tokens_are_not_mixed_in(self, llama, make_blocks, tmp_path):
         path = tmp_path / "store.sqlite"
         self.ask(llama, make_blocks(2, 12), path)
         assert self.ask(llama, make_blocks(2, 12, seed=1), path)[1] == 3
         assert self.ask(llama, make_blocks(2, 12), path, ["cosine"])[1] == 3
+        assert [self.ask(llama, make_blocks(2, 12), path, scored=count)[1] for count in (5, 7, 5)] == [3, 3, 0]
         with torch.no_grad():
             llama.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
         assert self.ask(llama, make_blocks(2, 12), path)[1] == 3
@@ -318,3 +346,25 @@ class TestShapley:
         counter = itertools.count()
         with refused("the sampling is broken"):
             shapley([Game(3, lambda kept: next(counter))] * 2)
+
+    def test_values_of_a_second_metric_that_do_not_add_up_are_refused(self, refused):
+        counter, game = itertools.count(), Game(3, None, ("nll_nats", "kl_nats"))
+        game.evaluate = lambda asked: np.array([[len(kept), next(counter)] for kept in asked], dtype=float)
+        with refused("the sampling is broken"):
+            shapley([game] * 2)
+
+    def test_the_gap_is_the_largest_of_all_groups(self):
+        counter = itertools.count()
+        exact, noisy = Game(3, len), Game(3, lambda kept: 1 + 1e-6 * next(counter))
+        assert shapley([exact, noisy, exact], target=0).gap[0] > 1e-6
+
+    def test_the_relative_error_is_of_the_largest_value_of_either_sign(self):
+        groups = np.array([[[-4.0], [1.0]], [[-6.0], [1.0]]])
+        found = coalitions.ShapleyValues(groups, np.zeros(1), np.zeros((0, 2)))
+        assert found.relative_error() == pytest.approx(1 / 5)  # the error of -5 is 1
+
+    def test_of_six_layers_each_begins_one_walk_of_a_group(self):
+        """Three shifts of one permutation, each forth and back: a third of the depth lies between their beginnings."""
+        asked = []
+        coalitions._shapley_group(Game(6, lambda kept: asked.append(kept) or 0), list(range(6)))
+        assert {kept for kept in asked if len(kept) == 1} == {frozenset([layer]) for layer in range(6)}

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from paper_src import compaction
 from paper_src.compaction import compact, save
 from paper_src.configuration import cut_config
 from paper_src.models import count_parameters, decoder_layers, locate_layers
@@ -171,6 +173,19 @@ def test_bad_layer_indices_are_refused(llama, kept, message, refused):
         compact(llama, kept)
 
 
+def test_layers_rescaled_by_their_number_are_refused(llama, refused):
+    llama.config.rescale_every = 6
+    with refused("config.rescale_every ties a layer's function to its number"):
+        compact(llama, KEPT)
+
+
+def test_a_model_that_does_something_between_layers_is_refused(llama, refused, monkeypatch):
+    last_hidden = compaction.last_hidden
+    monkeypatch.setattr(compaction, "last_hidden", lambda model, ids: 1.01 * last_hidden(model, ids))
+    with refused("does something between layers"):
+        compact(llama, KEPT)
+
+
 def test_attention_scaled_by_layer_number_is_refused(make_model, refused):
     with refused("config.scale_attn_by_inverse_layer_idx ties a layer's function to its number"):
         compact(make_model("gpt2", scale_attn_by_inverse_layer_idx=True), KEPT)
@@ -189,18 +204,26 @@ def test_numbers_of_other_libraries_are_layers(llama, blocks):
 
 def test_counts_lists_and_dictionaries_of_layers_are_those_of_the_kept(make_model):
     config = make_model("llama").config
-    config.first_k_dense_replace, config.num_kv_shared_layers = 3, 2
+    config.first_k_dense_replace, config.num_kv_shared_layers, config.num_dense_layers = 3, 3, 2
     config.moe_layers, config.per_layer_widths = [1, 3], {"0": "a", "2": "b"}
     config.layer_switches, config.num_nextn_predict_layers = [True, False, True, True], 1
     config.layer_token_ids, config.widths = [5, 6, 7, 8], [1, 2, 3, 4]
     small = cut_config(config, [0, 2, 3], 4)
-    assert (small.first_k_dense_replace, small.num_kv_shared_layers) == (2, 2)
+    assert (small.first_k_dense_replace, small.num_kv_shared_layers, small.num_dense_layers) == (2, 2, 1)
     assert (small.moe_layers, small.per_layer_widths) == ([2], {"0": "a", "1": "b"})
     assert small.layer_switches == [True, True, True]
     assert (small.num_hidden_layers, small.num_nextn_predict_layers) == (3, 0)
     assert (small.layer_token_ids, small.widths) == ([5, 6, 7, 8], [1, 2, 3, 4])
     assert cut_config(config, [0, 2, 3], 4, named="").widths == [1, 3, 4]
     assert config.num_hidden_layers == 4 and config.moe_layers == [1, 3]
+
+
+def test_columns_of_a_table_of_all_layers_are_those_of_the_kept():
+    small, rebuilt = nn.Module(), nn.Module()
+    small.table = nn.Parameter(torch.arange(8.0).repeat(2, 1))  # four layers, two numbers each
+    rebuilt.table = nn.Parameter(torch.zeros(2, 4))
+    compaction._cut_tables_(small, rebuilt, "layers", [1, 3], 4)
+    assert small.table.tolist() == [[2, 3, 6, 7]] * 2
 
 
 def test_layers_that_share_what_a_removed_one_computed_are_refused(make_model, refused):
@@ -282,13 +305,17 @@ def test_tokenizer_is_saved_alongside(llama, tokenizer, tmp_path):
     assert reloaded("few layers")["input_ids"] == tokenizer("few layers")["input_ids"]
 
 
-def test_model_card_says_what_was_cut(llama, tmp_path):
-    small = compact(llama, KEPT)
-    save(small, None, tmp_path / "cut", "tiny-llama", KEPT, 4, note="by hand")
+@pytest.mark.parametrize(
+    ("trained", "words"), [(False, "unchanged and nothing was trained"), (True, "repaired against the full model")]
+)
+def test_model_card_says_what_was_cut(llama, tmp_path, trained, words):
+    small = compact(llama, (0, 1))
+    save(small, None, tmp_path / "cut", "tiny-llama", (0, 1), 4, note="by hand", trained=trained)
     card = (tmp_path / "cut" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "# 3 of 4 layers of tiny-llama" in card
-    assert "- kept layers (0-based): [0, 2, 3]\n- removed layers: [1]\n- chosen by: by hand\n" in card
+    assert "# 2 of 4 layers of tiny-llama" in card
+    assert "- kept layers (0-based): [0, 1]\n- removed layers: [2, 3]\n- chosen by: by hand\n" in card
+    assert f"the others are {words}." in card
     assert f"- parameters: {count_parameters(small):,} (float32)" in card
 
 

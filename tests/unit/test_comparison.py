@@ -148,6 +148,9 @@ def test_packed_bytes_by_hand():
     assert size.packed_bytes(model) == 4 * (inside + rest)
     int8 = quantization.torchao_quantized(model, "int8_weight")
     assert size.packed_bytes(int8, 8) == inside + 2 * outputs + 4 * rest  # a 16-bit scale a row, no zero
+    dynamic = quantization.dynamic_quantized(model)  # in memory a float64 scale and an int64 zero point a row
+    gap = size.bytes_of(dynamic)["memory_bytes"] - size.packed_bytes(dynamic, 8)
+    assert 16 * outputs - 2 * outputs <= gap < 16 * outputs - 2 * outputs + 28 * 12  # and one of each a map
     assert size.bytes_of(int8, 8)["packed_bytes"] < size.bytes_of(int8, 8)["memory_bytes"]
 
 
@@ -248,7 +251,11 @@ def test_the_search_takes_the_rate_of_lowest_validation_loss(setting, monkeypatc
     def train(on, model, k, folder, how):
         loss = {1e-4: 2.0, 1e-3: 1.0, 1e-2: 3.0}[how.learning_rate]
         seen[how.learning_rate] = compact(model, (0,))
-        looks = [{"kl_nats": 4.0, "tokens": 0, "seconds": 0}, {"kl_nats": loss, "tokens": 100, "seconds": 2.0}]
+        looks = [
+            {"kl_nats": 4.0, "tokens": 0, "seconds": 0},
+            {"kl_nats": loss, "tokens": 50, "seconds": 10.0},
+            {"kl_nats": 3.5, "tokens": 100, "seconds": 20.0},
+        ]  # the best look is not the last
         return distillation.Distilled(seen[how.learning_rate], looks)
 
     monkeypatch.setitem(TRAININGS, "plain", train)
@@ -257,6 +264,59 @@ def test_the_search_takes_the_rate_of_lowest_validation_loss(setting, monkeypatc
     assert (row["learning_rate"], row["valid_kl_nats"]) == (1e-3, 1.0)
     assert (row["tokens"], row["search_tokens"]) == (256 + 100, 256 + 300)  # the closed form's, once
     assert row["start"] == "closed_form"
+    assert 60 < row["recovery_s"] < 80  # of all three trainings
+
+
+def test_a_rate_that_is_decided_is_of_the_same_size(setting):
+    done = [{"name": "cut", "k": k, "recovered": True, "learning_rate": rate} for k, rate in ((3, 1e-5), (2, 1e-3))]
+    assert comparison.decided(Job("cut", 2, True, 1), done) == [1e-3]
+
+
+def test_a_training_has_the_seed_of_its_job(setting, monkeypatch):
+    seeds = []
+
+    def train(on, model, k, folder, how):
+        seeds.append(how.seed)
+        return distillation.Distilled(model, [{"kl_nats": 1.0, "tokens": 9, "seconds": 2.0}])
+
+    monkeypatch.setitem(TRAININGS, "plain", train)
+    comparison.trained(setting, Job("cut", 2, True, 3))
+    assert seeds == [3]
+
+
+def test_a_row_has_the_ratio_on_validation_text_and_the_full_model_timed_before_the_other(
+    setting, measurement, monkeypatch
+):
+    timed = []
+
+    def pair(full, small, *rest):
+        timed.append((full, small))
+        return timing.speed_row([2.0], [1.0]), [(2.0, 1.0)]
+
+    monkeypatch.setattr(timing, "compare_pair", pair)
+    monkeypatch.setattr(measurement.valid, "ppl_ratio", lambda model: 77.0)
+    small = compact(setting.full, (0, 3))
+    begun = {"row": "a", "bits": 32, "name": "cut", "recovered": False}
+    row = comparison.measured(setting, measurement, small, begun, [])
+    assert row["valid_ppl_ratio"] == 77.0 != row["ppl_ratio"]
+    assert timed[0][0] is setting.full and timed[0][1] is small
+
+
+def test_rows_of_other_rates_are_another_comparison(setting, measurement):
+    settings = (dataclasses.replace(setting, rates=rates) for rates in ([1e-3], [1e-4, 1e-3]))
+    assert len({comparison.Rows(each, measurement).file for each in settings}) == 2
+
+
+def test_only_what_section_5_selected_and_distilled_is_its_repaired_model(tmp_path):
+    table = pd.DataFrame({"selection": ["selected", "distributed", "selected"], "k": 2, "tokens": [7, 9, 8],
+                          "recovery": ["distilled", "distilled", "closed_form"],
+                          "form": ["down_proj", "none", "none"]})  # fmt: skip
+    assert comparison.repaired(table, tmp_path)[2].tokens == 7
+
+
+def test_models_of_another_dtype_have_another_shape(setting):
+    half = quantization.cast(setting.full, torch.bfloat16)
+    assert comparison._shape(setting.full) != comparison._shape(half)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])

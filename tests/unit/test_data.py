@@ -181,6 +181,24 @@ def test_splits_of_a_domain_share_no_piece_and_lose_none():
     assert len(letters["train"]) == pytest.approx(0.6 * len(text), abs=30)
 
 
+@pytest.mark.parametrize("split", data.PIECES)
+def test_each_split_of_a_domain_is_of_its_own_pieces(tmp_path, monkeypatch, split):
+    path = tmp_path / "c4"
+    path.write_text("".join(chr(97 + n) * 10 for n in range(10)) * 5)
+    monkeypatch.setattr(data, "fetch", lambda *asset: path)
+    assert load_text("c4", split)[0] == data._pieces(path.read_text(), data.PIECES[split])
+
+
+def test_of_a_short_text_as_many_blocks_are_taken_as_it_holds(tokenizer):
+    text = "word " * 36  # 180 bytes, a token each: 9 blocks of 19 and <s>, and no tenth
+    assert len(data.as_many(tokenizer, text, 10, 20, seed=0)) == 9
+
+
+def test_a_text_without_room_for_a_choice_is_taken_from_its_first_word(tokenizer):
+    (block,) = token_blocks(tokenizer, "one two three", count=1, length=6, seed=0)
+    assert tokenizer.decode(block[1:]) == "one t"
+
+
 def test_mixed_blocks_take_texts_in_turn(tokenizer):
     found = judge.mixed_blocks(tokenizer, ["a " * 200, "b " * 200], 5, 8, seed=0)
     assert [("a" in tokenizer.decode(block), "b" in tokenizer.decode(block)) for block in found] == [

@@ -1,5 +1,6 @@
 """Distillation: it learns, it resumes to the same result, and it leaves the teacher alone."""
 
+import copy
 import errno
 import signal
 import subprocess
@@ -80,6 +81,38 @@ def test_the_divergence_and_its_gradient_are_those_of_autograd():
     torch.testing.assert_close(own.grad, q.grad)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "kl", "step"), [(1.0, 0.0, 0), (0.3, 0.0, 0), (0.0, 1.0, 0), (0.0, 0.7, 6), (0.3, 0.7, 3)]
+)
+@torch.no_grad()
+def test_the_loss_weighs_states_and_the_divergence_at_tokens_that_move_on_with_each_step(tmp_path, hidden, kl, step):
+    full, ids = build_model("llama"), blocks(4)
+    student = copy.deepcopy(compaction.compact(full, KEPT))
+    how = Distillation(batch_size=4, hidden=hidden, kl=kl, kl_every=4)
+    trainer = distillation.Distiller(
+        full, fidelity.reference(full, blocks(2), torch.zeros(32)), blocks(8), how, None, model=student,
+        args=distillation._arguments(full, tmp_path, 8, how),
+    )  # fmt: skip
+    trainer.state.global_step = step
+    found = trainer._loss(student, {"input_ids": ids, "index": torch.arange(4)})
+    states = (models.last_hidden(model, ids) for model in (full, student))
+    log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (full, student))
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)  # (B, T)
+    expected = hidden * (1 - functional.cosine_similarity(*states, dim=-1)).mean()
+    expected += kl * divergence[:, step % 4 :: 4].mean()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_trainer_is_given_steps_warmup_and_seed_of_the_settings_and_decays_no_weight(tmp_path):
+    how = Distillation(batch_size=4, warmup=0.25, seed=7)
+    found = distillation._arguments(build_model("llama"), tmp_path, 64, how)
+    assert (found.max_steps, found.warmup_steps, found.seed, found.weight_decay) == (16, 4, 7, 0.0)
+
+
+def test_looks_are_spread_over_all_passes():
+    assert Distillation(batch_size=8, epochs=3).with_looks(4, 64).evaluate_every == 6  # of 24 steps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_computes_in_the_dtype_of_the_full_model(tmp_path, dtype, monkeypatch):
     seen, real = set(), distillation.Distiller._loss
@@ -149,8 +182,7 @@ def test_in_several_passes_the_teacher_answers_each_block_once(tmp_path, monkeyp
 def test_answers_that_are_kept_are_those_of_the_teacher(tmp_path):
     full = build_model("llama")
     answers = distillation._Answers(full, blocks(6), tmp_path)
-    index = torch.tensor([4, 1])
-    for _ in range(2):
+    for index in map(torch.tensor, ([4], [4, 1], [4, 1])):  # none, some and all of them are known
         torch.testing.assert_close(
             answers(blocks(6)[index], index), models.last_hidden(full, blocks(6)[index]).detach()
         )
@@ -174,6 +206,14 @@ def test_steps_that_make_it_worse_are_not_taken(tmp_path):
     validation = fidelity.reference(full, blocks(8, seed=1), torch.zeros(32))
     settings = Distillation(learning_rate=0.3, evaluate_every=4)
     assert distillation.distil(full, whole, blocks(64), validation, tmp_path, settings).model is whole
+
+
+def test_the_best_look_counts_where_the_last_one_is_worse_than_the_start(tmp_path, monkeypatch):
+    full = build_model("llama")
+    student = compaction.compact(full, KEPT)
+    monkeypatch.setattr(distillation.Distiller, "fit", lambda self, *names: [{"kl_nats": kl} for kl in (1.0, 0.5, 2.0)])
+    validation = fidelity.reference(full, blocks(2), torch.zeros(32))
+    assert distillation.distil(full, student, blocks(8), validation, tmp_path, Distillation()).model is not student
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

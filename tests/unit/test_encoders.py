@@ -75,7 +75,7 @@ class TestTrained:
         torch.manual_seed(0)
         body = encoders.sasrec_body(16, 1, 2, 8, dropout=0.0)
         before = {name: value.clone() for name, value in body.state_dict().items()}
-        model, _ = self.fit(tmp_path, body=body, epochs=1, body_rate=0.0)
+        model, _ = self.fit(tmp_path, body=body, epochs=3, body_rate=0.0, residual=0.0)  # so that gradients reach it
         assert all(torch.equal(value, before[name]) for name, value in model.body.state_dict().items())
         assert not torch.equal(model.items.weight, encoders.random_vectors(ITEMS, 16))
 
@@ -117,6 +117,38 @@ class TestTrained:
         users = torch.stack([vectors[3] * 0.5 + vectors[5], vectors[1] * 0.25 + vectors[2] * 0.5 + vectors[4]])
         expected = torch.nn.functional.normalize(users, dim=-1) @ vectors.T / 0.02  # |x| = sqrt(16), over sqrt(16)
         torch.testing.assert_close(encoders.as_scorer(model, 8)(histories), expected, atol=1e-5, rtol=1e-5)
+
+    def test_a_training_sequence_is_the_last_items_each_followed_by_its_label(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(encoders, "trained", lambda model, examples, *rest: seen.extend(examples) or [])
+        seen, body = [], encoders.sasrec_body(16, 1, 2, 8)
+        encoders.train(body, encoders.random_vectors(ITEMS, 16), [np.arange(9)], ([], []), tmp_path, Training(length=4))
+        assert (seen[0]["input_ids"].tolist(), seen[0]["labels"].tolist()) == ([4, 5, 6, 7], [5, 6, 7, 8])
+
+    def test_padding_has_no_label(self):
+        rows = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (2, 4)]
+        assert encoders._collate(rows)["labels"][0].tolist() == [0, 1, encoders.IGNORED, encoders.IGNORED]
+
+    def test_first_weights_and_the_order_of_the_text_follow_the_seed(self, tmp_path, monkeypatch):
+        heads, vectors = [], encoders.random_vectors(ITEMS, 16)
+        monkeypatch.setattr(encoders, "trained", lambda model, *rest: heads.append(model.head.weight.clone()) or [])
+        for seed in (0, 1):
+            torch.manual_seed(9)
+            body, chosen = encoders.sasrec_body(16, 1, 2, 8), Training(residual=0.0, seed=seed)
+            encoders.train(body, vectors, [np.arange(3)], ([], []), tmp_path, chosen)
+            assert encoders._arguments(tmp_path, chosen).seed == seed
+        assert not torch.equal(*heads)
+
+    def test_scores_have_no_dropout_also_of_a_model_in_training(self):
+        body = encoders.sasrec_body(16, 1, 2, 8, dropout=0.5)
+        model = encoders.SequenceModel(body, encoders.random_vectors(ITEMS, 16))
+        score = encoders.as_scorer(model, 8)
+        one, two = (score([np.array([1, 2])]) for _ in range(2) if model.train())
+        assert torch.equal(one, two)
+
+    def test_of_a_long_history_the_last_items_count(self):
+        model = encoders.SequenceModel(encoders.sasrec_body(16, 1, 2, 8), encoders.random_vectors(ITEMS, 16), 0.5)
+        score = encoders.as_scorer(model, 2)
+        assert torch.equal(score([np.array([5, 6, 1, 2])]), score([np.array([1, 2])]))
 
     @pytest.mark.parametrize("residual", [0.0, 0.8])
     def test_padding_changes_nothing(self, residual):

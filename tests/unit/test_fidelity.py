@@ -15,11 +15,13 @@ from paper_src.fidelity import (
     compare_constant,
     load_mean,
     mean_state,
+    ppl_ratio,
     reference,
     save_mean,
     summarize,
 )
 from paper_src.models import logits_of
+from paper_src.stats import interval
 
 
 @pytest.fixture
@@ -176,6 +178,13 @@ def test_summary_holds_mean_and_interval_of_every_metric():
     assert list(row) == [f"{name}{end}" for name in ("cosine", "nll_nats", "ppl") for end in ("", "_lo", "_hi")]
     assert row["cosine"] == pytest.approx(0.3)
     assert (row["ppl_lo"], row["ppl"], row["ppl_hi"]) == pytest.approx((math.e, math.e**2, math.e**3))
+
+
+def test_intervals_of_losses_and_ratios_follow_the_seed():
+    values = np.random.default_rng(0).exponential(size=12)
+    one, two = (summarize({"nll_nats": values}, seed)["nll_nats_lo"] for seed in (1, 2))
+    assert one == interval(values, seed=1)[0] != two
+    assert ppl_ratio(values, 0.0, 1)["ppl_ratio_lo"] == pytest.approx(math.exp(one))
 
 
 def test_scored_tokens_are_read_in_their_context(llama, make_blocks):

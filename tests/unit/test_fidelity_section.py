@@ -13,7 +13,7 @@ from paper_src.reporting.findings import Findings
 from paper_src.scoring import SCORES
 from paper_src.sections import fidelity as rows
 from paper_src.sections import fidelity_findings
-from paper_src.sections.windows import losses
+from paper_src.sections.windows import losses, window_rows
 from paper_src.selection import kept_tuple
 from paper_src.stats import paired
 
@@ -169,13 +169,14 @@ def pairs_of(gaps, score):
 
 
 def test_pairs_are_won_lost_or_undecided_after_holm():
-    """Nine windows, all of one sign: p = 2 / 512, and three times that after Holm; the third pair decides nothing."""
+    """Nine windows, all of one sign: p = 2 / 512, and four times that after Holm; the last pair decides nothing."""
     score = next(name for name, score in SCORES.items() if score.kind == "gradient")
-    table, windows = pairs_of([[-1.0] * 8 + [-2.0], [1.0] * 8 + [2.0], [1.0, -1.0] * 4 + [0.1]], score)
+    wins = [[-1.0] * 8 + [-2.0], [-1.0] * 8 + [-3.0]]
+    table, windows = pairs_of([*wins, [1.0] * 8 + [2.0], [1.0, -1.0] * 4 + [0.1]], score)
     found = counted(fidelity_findings._spread_against_top_k, table, windows, 0)
-    assert found.loc[["distributed_wins_gradient", "distributed_losses_gradient"], "value"].tolist() == [1, 1]
+    assert found.loc[["distributed_wins_gradient", "distributed_losses_gradient"], "value"].tolist() == [2, 1]
     assert found.loc["distributed_wins_gradient", ["n", "test"]].tolist() == [
-        3, "sign-flip permutation over windows, Holm over 3"
+        4, "sign-flip permutation over windows, Holm over 4"
     ]  # fmt: skip
     assert found.loc["distributed_wins_activation", "n"] == 0
 
@@ -201,3 +202,46 @@ def test_two_rows_of_a_verdict_are_tested_against_each_other(made_up):
     assert row["p"] == pytest.approx(6 / 8)  # signs of (0.5, 0.5, 1.5): 2.5, 1.5 and 1.5 are as far from 0
     cosine = found.loc["cosine_recommended_over_trivial"]
     assert cosine["value"] == pytest.approx(-8)
+
+
+def test_random_selections_have_a_geometric_mean_of_ratios_and_a_plain_one_of_cosines():
+    draws = pd.DataFrame({"ppl_ratio": [1.0, 4.0, 16.0], "cosine": [0.1, 0.2, 0.3]})
+    found = counted(fidelity_findings._random, draws, 0)
+    assert found.loc[["ppl_ratio_random", "cosine_random"], "value"].tolist() == pytest.approx([4, 0.2])
+
+
+def test_the_smallest_p_of_19_draws_is_one_in_20():
+    same = {"n_blocks": [4], "n_tokens": [40]}
+    table = pd.DataFrame({"strategy": ["random"], "k": [2], "n_draws": [19], **same})
+    full = pd.DataFrame({"strategy": ["full"], "ppl": [3.0], "ppl_lo": [2.0], "ppl_hi": [4.0], **same})
+    assert counted(fidelity_findings._sizes, table, full).loc["smallest_p", "value"] == 1 / 20
+
+
+def test_a_selection_of_two_scores_counts_once_against_random_ones():
+    score = [name for name, score in SCORES.items() if score.kind == "gradient"][:2]
+    table = pd.DataFrame({"strategy": "top_k", "score": score, "kept": "0 1", "p_ppl": 0.01, "p_ppl_worse": 0.9})
+    assert counted(fidelity_findings._against_random, table).loc["top_k_better_than_random", "n"] == 1
+
+
+def test_the_ratio_of_a_row_is_its_own_loss_above_the_full_models():
+    windows = pd.concat([
+        window_rows(row, "t", torch.zeros(3, 2).long(), MODEL, {"nll_nats": np.arange(3.0) + gap, "cosine": np.ones(3)})
+        for row, gap in (("full", 0.0), ("0 1", 0.5))
+    ])  # fmt: skip
+    row = pd.Series({"kept": "0 1", "text": "t", "cosine_centred": 0.5}, name=0)
+    found = counted(fidelity_findings._quality, "t4_fidelity", "best", row, windows, 0)
+    assert found.loc["ppl_ratio_best", "value"] == pytest.approx(math.exp(0.5))
+
+
+def test_findings_are_of_the_smallest_k_and_of_the_row_of_highest_cosine(made_up):
+    blocks, draws = torch.arange(6).reshape(3, 2), rows.t4_random(made_up, SELECTION, [0])
+    tables = {
+        "t4_windows": rows.t4_windows(made_up, {"a text": rows.Group(["0", "1"], range(3), ())}, blocks, MODEL),
+        "t4_random": pd.concat([draws, draws.assign(k=2, ppl_ratio=100.0)]),
+        "t4_fidelity": rows.t4_fidelity(made_up, SELECTION, draws, [0, 1, 2], 10, "a text", seed=0),
+        "t4_headline": rows.t4_headline(made_up, rows.headline(SELECTION), 2, "a text", seed=0),
+    }
+    found = fidelity_findings.t4_findings(tables.__getitem__).set_index("name")
+    assert found.loc["ppl_ratio_random", "value"] == pytest.approx(math.exp(0.5 / 3))  # of draws of one layer
+    assert found.loc["ppl_ratio_best", "value"] == pytest.approx(math.e)  # layer 1 has the highest cosine
+    assert found.loc["distributed_over_chosen", "value"] == pytest.approx(math.exp(0.5))

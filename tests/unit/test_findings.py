@@ -34,6 +34,7 @@ def _missing(name):
 
 def test_numbers_in_prose():
     written = [number(value) for value in (46023.4, 100, 81.34, 1.2527, 0.0713, 1, NAN)]
+    assert number(-1234.5) == "-1,234"
     assert written == ["46,023", "100", "81.3", "1.25", "0.0713", "1.00", "-"]
     assert number(1234567.0, ",") == "1,234,567" and number(8.0, "d") == "8" and number(0.949, ".0%") == "95%"
     assert str(Finding("k", 8.0, NAN, NAN, "", NAN, "", "")) == "8"
@@ -41,7 +42,12 @@ def test_numbers_in_prose():
 
 
 def test_a_range_is_median_and_ends():
-    assert spread(pd.Series([3.0, 1.0, 2.0])) == (2.0, 1.0, 3.0)
+    assert spread(pd.Series([9.0, 1.0, 2.0])) == (2.0, 1.0, 9.0)
+
+
+def test_a_share_has_its_interval():
+    found = Finding("wins", 4.0, 2.0, 6.0, "", 8, "", "").share
+    assert (found.value, found.lo, found.hi) == (0.5, 0.25, 0.75)
 
 
 def section_3(depth, rows):

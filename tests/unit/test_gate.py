@@ -20,6 +20,10 @@ def test_a_design_whose_layers_may_not_help_fails():
     assert gate(USERS * np.array([[0.9], [1.1], [1.3]]), USERS).verdict == FAILS  # 1.1 on average
 
 
+def test_the_ratio_is_of_means_and_not_the_mean_of_ratios():
+    assert gate(np.array([[1.0, 9.0]]), np.array([[1.0, 3.0]])).ratio == 10 / 4
+
+
 def test_few_trainings_decide_nothing_unless_there_are_none():
     assert gate(USERS[:2] * 1.2, USERS[:2]).verdict == OPEN
     assert gate(USERS[:1] * 1.2, USERS[:1], trained=False).verdict == PASSES
@@ -54,6 +58,11 @@ class TestTwoLevels:
             low, high = two_level_ratio_interval(a, b, draws=400)
             held += low <= 1.0 <= high
         assert 0.80 < held / 200 <= 1.0  # six trainings: a bootstrap of few is too narrow
+
+    def test_it_follows_its_seed(self):
+        users, other = USERS[:1, :50], USERS[1:2, :50]
+        one, same, two = (two_level_ratio_interval(users, other, seed) for seed in (1, 1, 2))
+        assert one == same != two
 
     def test_other_users_are_refused(self, refused):
         with refused("trainings and users of"):

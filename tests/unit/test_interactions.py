@@ -114,6 +114,12 @@ class TestCleaning:
         rows = [(u, i, 5, t) for u in (1, 2) for i, t in ((3, 7), (1, 7), (2, 1))]
         assert sequences_of("x", frame(rows), {}, {}, core=2).sequences[0].tolist() == [1, 2, 0]
 
+    def test_ties_of_long_histories_stay_as_they_stand(self):
+        items = np.random.default_rng(0).permutation(200)
+        events = pd.DataFrame({"user": 0, "item": items, "time": 1.0 * (np.arange(200) % 2)})
+        found = sequences_of("x", events, {}, {}, core=1).sequences[0]
+        assert found.tolist() == [*items[::2], *items[1::2]]
+
 
 class TestSplit:
     def test_last_is_test_and_the_one_before_validation(self):

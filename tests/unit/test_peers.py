@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from paper_src import NotSupported, fidelity
-from paper_src.baselines import depth, quantization, replace_me, sparsity, surgeon, width
+from paper_src.baselines import depth, quantization, replace_me, sparsity, surgeon, training, width
 from paper_src.baselines.methods import METHODS
 from paper_src.baselines.moments import InputMoments, input_moments, linears
 from paper_src.baselines.setting import Setting
 from paper_src.baselines.training import TRAININGS
 from paper_src.compaction import compact
-from paper_src.distillation import Distillation
+from paper_src.distillation import Distillation, Distilled
 from paper_src.models import count_parameters, decoder_layers, last_hidden, locate_layers
 from paper_src.sections import peers
 
@@ -65,17 +65,9 @@ def test_the_released_merge_is_plain_removal_of_all_but_the_last(model):
     assert len(merged) == 2
 
 
-def test_the_papers_merge_is_not(model):
-    layers, merged = decoder_layers(model), decoder_layers(depth._merged(model, 1, 3))
-    a, b, c = (layers[index].mlp.up_proj.weight for index in (1, 2, 3))
-    assert torch.allclose(merged[1].mlp.up_proj.weight, b + c - a, atol=1e-6)
-    assert not torch.allclose(merged[1].mlp.up_proj.weight, c, atol=1e-2)
-
-
-def test_both_give_the_depth_asked_for(model, make_blocks):
-    for released in (False, True):
-        small = depth.laco(model, 2, make_blocks(2, 8), released)
-        assert len(decoder_layers(small)) == small.config.num_hidden_layers == 2
+def test_the_released_merges_give_the_depth_asked_for(model, make_blocks):
+    small = depth.laco(model, 2, make_blocks(2, 8), released=True)
+    assert len(decoder_layers(small)) == small.config.num_hidden_layers == 2
 
 
 # magnitude compensation
@@ -135,6 +127,23 @@ def test_only_the_tail_has_parameters_to_train(model, blocks):
         assert same == (index < 3)
 
 
+def test_the_tail_of_the_recipe_is_the_last_three_layers():
+    tail = depth.only_tail(build_model("llama", num_hidden_layers=5))
+    assert {name.split(".")[2] for name, _ in tail.named_parameters() if ".layers." in name} == {"2", "3", "4"}
+
+
+def test_the_layers_of_a_step_are_spread_over_the_depth():
+    model, seen = build_model("llama", num_hidden_layers=6), []
+    places = {layer.mlp.up_proj.weight: place for place, layer in enumerate(decoder_layers(model))}
+
+    def train(small, part, stage):
+        seen.append([places[layer.mlp.up_proj.weight] for layer in decoder_layers(small)])
+        return small
+
+    depth.stepwise(model, (0, 5), [torch.zeros(1, 4)] * 2, train)
+    assert seen == [[0, 2, 4, 5], [0, 5]]  # 1 and 3 go first, then 2 and 4
+
+
 def test_stepwise_cuts_a_share_of_the_layers_and_trains_on_a_share_of_the_text(model, blocks):
     seen = []
 
@@ -169,6 +178,23 @@ def test_the_cosine_objective_is_lower_than_before(model, blocks):
     small = replace_me.replace_me(model, (0, 1, 3), blocks, cosine=True, epochs=200)
     weight = decoder_layers(small)[1].mlp.down_proj.weight
     assert torch.allclose(weight, found.T @ decoder_layers(model)[1].mlp.down_proj.weight, atol=1e-5)
+
+
+def test_each_pass_of_the_cosine_objective_moves_the_map_on_and_follows_its_seed():
+    m, y = torch.randn(2, 3000, 8, generator=torch.Generator().manual_seed(0))
+    one, other = (replace_me._nearest_by_cosine(m, y, 1, seed) for seed in (1, 2))
+    assert not torch.equal(one, other)
+    few = replace_me._nearest_by_cosine(m[:50], y[:50], 1, 0), replace_me._nearest_by_cosine(m[:50], y[:50], 10, 0)
+    near, far = ((matrix - torch.eye(8)).abs().max() for matrix in few)
+    assert far > 5 * near
+
+
+@torch.no_grad()
+def test_replace_me_maps_outputs_without_their_bias(make_blocks):
+    model, blocks = build_model("phi"), make_blocks(2, 8)
+    m, _ = replace_me._outputs(model, blocks, 0, 2)
+    expected = inputs_of(model, "model.layers.0.mlp.fc2", blocks) @ model.model.layers[0].mlp.fc2.weight.T
+    torch.testing.assert_close(m, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [(1, 2), (0, 2), (0, 1, 2, 3)])
@@ -233,6 +259,23 @@ def test_sparse_gpt_keeps_outputs_better_than_wanda_at_the_same_share(model, mom
                         for name, linear in linears(model)]  # fmt: skip
     assert sum(errors[sparsity.sparse_gpt]) < 0.9 * sum(errors[sparsity.wanda])
     assert sparsity.zeros(sparsity.sparse_gpt(model, moments, 0.75)) == pytest.approx(0.75, abs=1e-9)
+
+
+def test_sparse_gpt_removes_the_weight_of_least_square_over_that_of_its_cholesky_factor(model):
+    """Of independent inputs w^2 / U_jj^2 is w^2 E x_j^2: equal weights stay where the input is larger."""
+    name, linear = next(linears(model))
+    linear.weight.data = torch.ones_like(linear.weight)
+    found = {name: torch.eye(part.in_features) for name, part in linears(model)}
+    found[name] = torch.diag(torch.tensor([1.0, 4.0]).repeat(linear.in_features // 2))
+    kept = dict(linears(sparsity.sparse_gpt(model, found, 0.5)))[name].weight != 0
+    assert kept[:, 1::2].all() and not kept[:, ::2].any()
+
+
+def test_a_grid_of_int4_holds_zero_where_all_weights_are_of_one_sign():
+    groups = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-4.0, -3.0, -2.0, -1.0]])
+    scale, zero = quantization._grid(groups, torch.float32)
+    assert scale.tolist() == pytest.approx([4 / 15, 4 / 15])
+    assert zero.tolist() == [-8, 7]
 
 
 def test_int4_weights_are_on_a_grid_of_sixteen(model, moments):
@@ -386,6 +429,18 @@ def test_a_stepwise_training_is_judged_by_its_last_stage(setting):
     assert steps[-1] == len(setting.blocks) // 4
     assert steps[0] > 0  # the looks of the stages before are not its own
     assert len(decoder_layers(found.model)) == 1
+
+
+def test_a_stepwise_training_takes_no_more_steps_than_there_are_layers_to_remove(setting, monkeypatch):
+    setting.kept[3], stages = (0, 1, 3), []
+
+    def distil(full, small, blocks, *rest, **settings):
+        stages.append(len(blocks))
+        return Distilled(small, [{"step": 1, "tokens": 9, "seconds": 1.0}])
+
+    monkeypatch.setattr(training, "distil", distil)
+    TRAININGS["stepwise"](setting, None, 3, setting.folder, setting.training)
+    assert stages == [len(setting.blocks)]  # one layer: one step, on all of the text
 
 
 def test_every_method_names_a_training_that_is_there():

@@ -85,6 +85,12 @@ class TestWithoutTraining:
         assert scores[0, 1] > scores[0, 3] > scores[0, 2]
         assert scores[1, 3] > scores[1, 1]
 
+    def test_item_knn_counts_as_many_neighbours_as_asked_and_a_hundred_by_itself(self):
+        train = [np.array([0, n]) for n in range(1, 40) for _ in range(n)]
+        scorers = ranking.item_knn(train, 40, neighbours=3), ranking.item_knn(train, 40)
+        few, most = (int((scorer([np.array([0])])[0] > 0).sum()) for scorer in scorers)
+        assert few <= 3 and most == 40
+
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_text_states_do_not_see_padding_or_order(self, tokenizer, family):
         model = build_model(family, vocab_size=300)
@@ -109,6 +115,10 @@ class TestWithoutTraining:
         states = torch.eye(6)
         scores = ranking.frozen(states, decay=0.5)([np.array([0, 1, 2])])
         assert scores[0, 2] > scores[0, 1] > scores[0, 0] > scores[0, 3]
+
+    def test_frozen_scores_do_not_see_what_all_states_share(self):
+        near, far = (ranking.frozen(torch.eye(6) + shift)([np.array([0, 1])]) for shift in (0, 100))
+        torch.testing.assert_close(far, near, atol=1e-3, rtol=1e-3)
 
 
 def test_samples_are_different_users_and_repeat_with_their_seed():

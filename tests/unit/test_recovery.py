@@ -1,12 +1,13 @@
 """Closed-form refits against gaps that can be bridged exactly, brute force, and what must not change."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
 from conftest import build_model
 from torch import nn
 
-from paper_src import compaction, least_squares, models, recovery
+from paper_src import compaction, models, recovery, side_by_side
 from paper_src.layers import StandIn
 
 
@@ -48,36 +49,6 @@ class _Replaces(StandIn):
 def states(model, blocks):
     with torch.no_grad():
         return models.last_hidden(model, blocks)
-
-
-class TestNormalEquations:
-    def test_least_squares_by_brute_force(self):
-        generator = torch.Generator().manual_seed(0)
-        x, y = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (4, 3))
-        weights = torch.rand(50, generator=generator, dtype=torch.float64) + 0.1
-        moments = least_squares.NormalEquations.empty(4, 3, torch.device("cpu"))
-        for low in range(0, 50, 7):
-            moments.add(x[low : low + 7], y[low : low + 7], weights[low : low + 7])
-        root = weights.sqrt()[:, None]
-        expected = np.linalg.lstsq((root * x).numpy(), (root * y).numpy())[0]
-        found = moments.solve(1e-12)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)  # products in float32
-        error = float((root * (y - x @ found)).square().sum()) / 50
-        assert moments.error(found) == pytest.approx(error, rel=1e-5)
-        assert moments.error(torch.zeros(4, 3, dtype=torch.float64)) == pytest.approx(
-            float((root * y).square().sum()) / 50, rel=1e-5
-        )
-
-    def test_a_large_ridge_leaves_the_weights_as_they_were(self):
-        moments = least_squares.NormalEquations.empty(2, 2, torch.device("cpu"))
-        moments.add(torch.eye(2), torch.ones(2, 2), torch.ones(2))
-        assert moments.solve(1e9).abs().max() < 1e-8
-
-    def test_diagonal_solution_by_hand(self):
-        moments = least_squares.NormalEquations.empty(2, 2, torch.device("cpu"))
-        moments.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 9.0], [1.0, 9.0]]), torch.ones(2))
-        expected = torch.tensor([4 / 10, 54 / 20], dtype=torch.float64).diag()
-        torch.testing.assert_close(moments.solve(0.0, diagonal=True), expected)
 
 
 class TestClosedForm:
@@ -204,11 +175,41 @@ class TestClosedForm:
     def test_refits_are_those_before_gaps_or_all_behind_the_first(self, llama, make_blocks):
         rows = {
             reach: [
-                row["layer"] for row in recovery.closed_form(llama, (0, 2, 3), make_blocks(16, 8), reach=reach).refits
+                row["layer"] for row in recovery.closed_form(llama, (0, 1, 3), make_blocks(16, 8), reach=reach).refits
             ]
             for reach in ("gaps", "all")
         }
-        assert rows == {"gaps": [0], "all": [0, 2, 3]}
+        assert rows == {"gaps": [1], "all": [1, 3]}
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+    @torch.no_grad()
+    def test_the_error_before_is_that_of_the_cut_on_the_second_of_four_batches(self, family, make_blocks):
+        full, blocks = build_model(family), make_blocks(32, 8)
+        found = recovery.closed_form(full, (0, 2, 3), blocks)
+        hidden = full(blocks, output_hidden_states=True).hidden_states
+        own, target = (hidden[place][8:16].double() for place in (1, 2))  # (8, 8, d)
+        expected = ((target - own).square().sum(-1) / target.square().sum(-1)).mean()
+        assert found.refits[0]["error_before"] == pytest.approx(float(expected), rel=1e-4)
+
+    @torch.no_grad()
+    def test_three_of_four_batches_are_fitted_and_one_is_held_out(self, llama, make_blocks, tmp_path):
+        small = compaction.compact(llama, (0, 2, 3))
+        walk = side_by_side.SideBySide((llama, small), make_blocks(32, 8), 8, tmp_path)
+        walk.advance_full(2)
+        writer = walk.writer(0, models.decoder_layers(small)[0])
+        sums = walk.sums(0, writer.module, recovery.FORMS["down_proj"].features, writer)
+        assert [each.tokens for each in sums] == [3 * 64, 64]
+
+    def test_where_no_round_brings_states_nearer_the_cut_model_stays_as_it_is(self, make_blocks, monkeypatch):
+        full = build_model("gemma3_text")
+        monkeypatch.setattr(side_by_side.SideBySide, "error", lambda self, position: 1.0)
+        found = recovery.closed_form(full, (0, 2, 3), make_blocks(32, 8))
+        for name, value in compaction.compact(full, (0, 2, 3)).named_parameters():
+            assert torch.equal(value, found.model.get_parameter(name)), name
+        assert found.refits[0]["error_after"] == 1.0 and found.refits[0]["ridge"] == math.inf
+
+    def test_a_diagonal_adds_a_number_for_each_unit_of_the_state(self, llama, make_blocks):
+        assert recovery.closed_form(llama, (0, 2, 3), make_blocks(16, 8), form="diagonal").added == 32
 
     def test_it_costs_less_than_two_passes_of_the_full_model(self, llama, make_blocks, monkeypatch):
         calls = []
@@ -250,3 +251,20 @@ def test_merged_and_unmerged_forms_agree(kind):
     torch.testing.assert_close(linear(x), before + x @ change, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(given, change, atol=1e-6, rtol=1e-5)
     assert linear.weight is not old
+
+
+def test_features_of_the_map_behind_the_mlp_are_its_outputs_without_the_bias():
+    linear, x = nn.Linear(3, 2), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(recovery.FORMS["mlp_map"].features(linear, x, linear(x)), x @ linear.weight.T)
+
+
+def test_a_small_factor_of_a_norm_keeps_its_sign_where_it_is_raised():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([-0.001, 1.0, -2.0]))
+
+        def forward(self, z):
+            return self.weight * z
+
+    assert side_by_side._gain(Scaled(), torch.device("cpu")).tolist() == pytest.approx([-0.1, 1, -2])

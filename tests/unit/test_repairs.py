@@ -14,16 +14,6 @@ from paper_src.sections.judge import Judge
 
 
 @pytest.fixture
-def texts(tmp_path):
-    """Two folders of text, one all of a kind."""
-    for name, words in (("plain", "the cat sat on the mat and the dog ran "), ("other", "zzz yyy xxx www vvv ")):
-        (tmp_path / name).mkdir()
-        for split in ("train", "valid", "test"):
-            (tmp_path / name / f"{split}.txt").write_text(words * 60)
-    return [str(tmp_path / "plain"), str(tmp_path / "other")]
-
-
-@pytest.fixture
 def judge(texts, tokenizer):
     model = build_model("llama", vocab_size=300)
     return model, Judge(model, tokenizer, texts, "valid", (3, 16), torch.zeros(32), seed=0)

@@ -45,7 +45,10 @@ KNOWN = {
         ("count.share > 0.75", False, "`count` 3/4 (> 0.75)"),
         ("cosine > 0.7 and count.share > 0.75", False, "`count` 3/4 (> 0.75)"),  # the one that decides is told
         ("cosine > threshold and count.share >= 0.75", None, "`cosine` 0.800 [0.750, 0.850] (> 0.8)"),
+        ("cosine > threshold and count.share > 0.75", False, "`count` 3/4 (> 0.75)"),  # whatever the other is
         ("none > 0", None, "`none` - (> 0)"),
+        ("between(constant, cosine) > 0.55", None, "`constant` to `cosine` 0.600 [0.500, 0.850] (> 0.55)"),
+        ("between(constant, cosine) < 0.82", None, "`constant` to `cosine` 0.600 [0.500, 0.850] (< 0.82)"),
         ("between(count.share, all.share) >= 0.7", True, "`count` to `all` 3/4 to 4/4 (≥ 0.7)"),
         ("between(count.share, all.share) >= 0.8", None, "`count` to `all` 3/4 to 4/4 (≥ 0.8)"),
         ("between(count.share, all.share) < 0.7", False, "`count` to `all` 3/4 to 4/4 (< 0.7)"),
@@ -93,6 +96,10 @@ def test_verdicts_of_one_claim():
     assert claims.judge(claim, KNOWN)[::2] == ("reproduced", "BCa bootstrap over windows, n = 64, p = 0.0001")
     needs = claims.Claim("a", "cost", "reproduced", words, words, words, "cosine > threshold", 0.7, "count.share >= 1")
     assert claims.judge(needs, KNOWN) == ("undetermined", "`count` 3/4 (≥ 1)", "count, n = 4")
+    unsure = claims.Claim(
+        "a", "cost", "reproduced", words, words, words, "cosine > threshold", 0.7, "cosine > constant"
+    )
+    assert claims.judge(unsure, KNOWN)[0] == "undetermined"  # what it needs is itself undecided
     assert claims.judge(claim, {}) == ("not testable", "`cosine` -", "")
     nothing = claims.Claim("a", "cost", "not testable", words, words, words)
     assert claims.judge(nothing, KNOWN) == ("not testable", "", "")

@@ -7,7 +7,7 @@ import torch
 from conftest import build_model
 
 from paper_src.compaction import compact
-from paper_src.models import locate_layers
+from paper_src.models import decoder_layers, locate_layers
 from paper_src.reporting.findings import Findings
 from paper_src.sections import scaling
 
@@ -40,6 +40,15 @@ def test_the_line_through_the_logs_is_found_again():
         assert (law["most_tokens"], law["n_runs"], law["n_windows"]) == (16000, 3, 16)
 
 
+def test_the_interval_of_the_exponent_is_of_windows_drawn_again():
+    rng = np.random.default_rng(0)
+    gaps = 30 * np.array([[count] for count in TOKENS]) ** -0.4 * rng.uniform(0.5, 1.5, (3, 16))
+    found = scaling.power_law(TOKENS, gaps)
+    picks = np.random.default_rng(0).integers(16, size=(scaling.DRAWS, 16))
+    slopes = [-np.polyfit(np.log(TOKENS), np.log(gaps[:, pick].mean(axis=1)), 1)[0] for pick in picks]
+    assert (found["exponent_lo"], found["exponent_hi"]) == pytest.approx(tuple(np.quantile(slopes, [0.025, 0.975])))
+
+
 def test_the_best_rate_is_that_of_the_lowest_look():
     looks = {1e-3: [3.0, 1.0, 2.0], 1e-4: [3.0, 1.5, 1.4]}
     runs = {rate: scaling.Stage(None, history=[{"kl_nats": kl} for kl in found]) for rate, found in looks.items()}
@@ -65,6 +74,29 @@ def test_starts_are_compared_after_the_largest_training_that_both_had():
     row = found.frame().set_index("name").loc["selected_over_random_layers"]
     assert row["value"] == pytest.approx(np.exp((30 - 60) * 4000**-0.4))
     assert row["text"] == "4,000 tokens" and row["p"] < 0.01
+
+
+def test_starts_are_compared_at_the_smallest_k():
+    small, windows = made({"selected": (30.0, 0.4), "random_layers": (60.0, 0.4)})
+    large, more = made({"selected": (3.0, 0.4), "random_layers": (90.0, 0.4)}, seed=1)
+    more = more[more["row"] != "full"]
+    tables = {
+        "t5_scaling": pd.concat([large.assign(k=3, row="large " + large["row"]), small]),
+        "t5_windows": pd.concat([windows, more.assign(row="large " + more["row"])]),
+        "t5_laws": scaling.t5_laws(small, windows),
+    }
+    found = Findings()
+    scaling.scaling_findings(found, tables.__getitem__)
+    row = found.frame().set_index("name").loc["selected_over_random_layers"]
+    assert row["value"] == pytest.approx(np.exp((30 - 60) * 16000**-0.4))
+
+
+def test_random_layers_follow_their_seed(make_blocks):
+    full, blocks = build_model("llama"), make_blocks(2, 16)
+    one, two = (
+        scaling.begun(full, "random_layers", (0, 3), blocks, "down_proj", "gaps", seed).model for seed in (1, 2)
+    )
+    assert not torch.equal(decoder_layers(one)[0].mlp.up_proj.weight, decoder_layers(two)[0].mlp.up_proj.weight)
 
 
 def test_random_layers_keep_what_is_around_the_layers(make_blocks):

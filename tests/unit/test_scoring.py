@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from paper_src import scoring
+from paper_src import coalitions, scoring
+from paper_src.coalitions import Evaluator
 from paper_src.models import decoder_layers, load_model, offloaded
-from paper_src.scoring import LayerScores, combined_score, score_layers, weight_taylor
+from paper_src.scoring import Calibration, LayerScores, combined_score, score_layers, weight_taylor
 from paper_src.sums import SINK_RATIO, _squared_norms, frozen
 
 
@@ -293,6 +294,17 @@ def test_a_module_whose_hook_is_not_called_is_noticed(llama, make_blocks, monkey
     assert_gradient_scores(found, gradients_by_backward(llama, blocks))
 
 
+def test_a_batch_whose_inner_products_alone_are_wrong_is_noticed(llama, make_blocks, monkeypatch):
+    batch, blocks = scoring._score_batch, make_blocks(3, 6)
+
+    def wrong(*arguments):
+        row, ends = batch(*arguments)
+        return row | {"taylor": row["taylor"] + 100 * row["fisher"].sqrt()}, ends
+
+    monkeypatch.setattr(scoring, "_score_batch", wrong)
+    assert_gradient_scores(score_layers(llama, blocks), gradients_by_backward(llama, blocks))
+
+
 def test_scores_that_are_not_finite_are_refused(llama, make_blocks, refused):
     llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with refused("of layer .* is not finite, sequence 0: check the weights"):
@@ -368,15 +380,10 @@ def test_weight_taylor_leaves_gradients_and_flags_as_they_were(llama, make_block
     assert llama.model.layers[2].mlp.up_proj.weight.requires_grad
 
 
-def test_the_standard_error_is_that_of_the_rows():
-    scores = scores_of([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
-    assert scores.mean("x").tolist() == [3, 5]
-    assert scores.standard_error("x").tolist() == pytest.approx([2 / 3**0.5, 0])
-
-
-def test_layer_by_layer_is_the_same(full, make_blocks):
-    """The way of models that do not fit, on models that do."""
+def test_in_a_batch_and_layer_by_layer_scores_are_the_same_and_right(full, make_blocks):
+    """The ways of models that allow a batch and of those that do not fit, which nothing corrects here."""
     blocks, layers = make_blocks(3, 12), decoder_layers(full)
+    by_backward = gradients_by_backward(full, blocks)
     with frozen(full), torch.enable_grad():
         (expected, ends), (found, also) = (
             score(full, layers, blocks, None) for score in (scoring._score_batch, scoring._score_layerwise)
@@ -385,6 +392,9 @@ def test_layer_by_layer_is_the_same(full, make_blocks):
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-6, atol=1e-12)
     assert torch.equal(ends, also)
+    torch.testing.assert_close(expected["fisher"], by_backward["fisher"], rtol=1e-5, atol=0)
+    scale = 1e-5 * by_backward["taylor"].max()
+    torch.testing.assert_close(expected["taylor"], by_backward["taylor"], rtol=1e-5, atol=float(scale))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -406,3 +416,39 @@ def test_weights_on_the_disk_give_the_same_scores(make_model, family, tokenizer,
 def test_float16_is_refused(llama, make_blocks, refused):
     with refused("float16 holds neither the squares of large activations nor small gradients"):
         score_layers(copy.deepcopy(llama).half(), make_blocks(2, 8))
+
+
+# What each score takes of the calibration text
+
+
+def test_the_true_fisher_is_of_the_first_sequences_and_of_drawn_labels(llama, make_blocks):
+    blocks = make_blocks(4, 8)
+    found, cost = scoring.fisher_true(Calibration(llama, blocks, blocks, true_sequences=3, seed=5))
+    expected = score_layers(llama, blocks[:3], labels="model", seed=5).per_sequence["fisher"]
+    torch.testing.assert_close(found["fisher_true"], expected)
+    assert (cost.evaluations, cost.forward_tokens) == (1, 3 * 3 * 8)  # a pass forward, and backward twice its work
+
+
+def test_the_taylor_score_by_weight_is_of_four_batches_of_equal_size(llama, make_blocks):
+    blocks = make_blocks(11, 6)
+    found, cost = scoring.taylor_by_weight(Calibration(llama, blocks, blocks, taylor_sequences=2))
+    expected = torch.stack([weight_taylor(llama, part) for part in blocks[:8].split(2)])
+    torch.testing.assert_close(found["weight_taylor"], expected)
+    assert cost.evaluations == 4
+
+
+def test_leaving_one_out_takes_the_first_windows_two_by_two(llama, make_blocks):
+    windows = make_blocks(6, 8)
+    found, _ = scoring.leave_one_out(Calibration(llama, windows, windows, loo_windows=4))
+    expected = coalitions.leave_one_out([Evaluator(llama, windows[:2]), Evaluator(llama, windows[2:4])])
+    np.testing.assert_allclose(found["leave_one_out"], expected, rtol=1e-6)
+
+
+def test_shapley_values_are_of_the_capped_loss_of_the_scored_tokens_and_follow_the_seed(llama, make_blocks):
+    windows = make_blocks(4, 12)
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(5)  # so that the cap acts
+    found, _ = scoring.shapley(Calibration(llama, windows, windows, scored=5, seed=3, target=0.0))
+    parts = [Evaluator(llama, part, ["nll_capped_nats"], scored=5) for part in windows.split(1)]
+    expected = coalitions.shapley(parts, 0.0, seed=3).groups[:, :, 0]
+    np.testing.assert_allclose(found["shapley"], expected, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,8 @@
 """Searches and published strategies against hand values and brute force."""
 
 import itertools
+from collections import Counter
+from random import Random
 
 import pytest
 from conftest import build_model
@@ -70,6 +72,15 @@ class TestRegistry:
         assert search.found["sleb"] == selection.sleb(Planted(8, paired), 4)
         assert paired(set(search.found["swap"])) <= min(paired(set(kept)) for kept in search.found.values())
 
+    def test_the_best_found_so_far_is_that_of_the_last_look(self):
+        looks = [Planted(8, loss) for loss in (lambda kept: 0 in kept, lambda kept: 0, lambda kept: 0 not in kept)]
+        assert selection.Search(looks, found={"a": (0, 1), "b": (1, 2)}).best == (0, 1)
+
+    def test_evolution_spends_the_second_look_on_survivors_alone(self):
+        looks = [Planted(8, paired) for _ in range(3)]
+        selection.STRATEGIES["evopress"].function(selection.Search(looks, evolution={"generations": 3}), 4)
+        assert 0 < len(looks[1].asked) < len(looks[0].asked)
+
     @pytest.mark.parametrize("k", [2, 5])
     def test_the_released_budget_of_evopress_sees_other_text_in_each_generation(self, k):
         def fresh():
@@ -128,10 +139,10 @@ class TestSearches:
         assert selection.beam_search([(rough, 3), (fine, 1)], 4) == selection.sleb(Planted(8, paired), 4)
         assert [len(look.asked) for look in (rough, fine)] == [8 + 7 + 6 + 5, 3 * 4]
 
-    @pytest.mark.parametrize("start", [(0, 1, 3), (2, 3, 5), (4, 6, 7)])
-    def test_swaps_never_make_it_worse(self, start):
-        game = Planted(8, paired)
-        assert paired(set(selection.swap_refinement([(game, 1)], start))) <= paired(set(start))
+    @pytest.mark.parametrize("start", [(0, 1, 3), (2, 3, 5), (2, 5, 7), (4, 6, 7)])
+    def test_swaps_never_make_it_worse_whatever_the_first_look_says(self, start):
+        stages = [(Planted(8, lambda kept: -paired(kept)), 1), (Planted(8, paired), 1)]
+        assert paired(set(selection.swap_refinement(stages, start))) <= paired(set(start))
 
     def test_swaps_stop_when_nothing_changes(self):
         game = Planted(8, additive)
@@ -143,10 +154,19 @@ class TestSearches:
     def test_swaps_leave_all_layers_as_they_are(self):
         assert selection.swap_refinement([(Planted(4, additive), 1)], range(4)) == (0, 1, 2, 3)
 
+    def test_swaps_do_not_change_what_others_only_equal(self):
+        assert selection.swap_refinement([(Planted(8, lambda kept: 1.0), 1)], (0, 1)) == (0, 1)
+
     def test_evolution_repeats_with_its_seed_and_keeps_k_layers(self):
-        results = [selection.evopress([(Planted(9, paired), 1)], 4, 3, 6, 6, seed=seed) for seed in (0, 0, 5)]
-        assert results[0] == results[1]
+        results = [selection.evopress([(Planted(12, paired), 1)], 4, 1, 2, 1, seed=seed) for seed in (0, 0, 5)]
+        assert results[0] == results[1] != results[2]
         assert all(len(kept) == 4 for kept in results)
+
+    def test_a_child_differs_in_the_lesser_of_two_draws_of_one_to_three_layers(self):
+        generator, kept = Random(0), tuple(range(10))
+        swaps = Counter(len({*kept} - {*selection._mutated(kept, 20, generator)}) for _ in range(3000))
+        shares = [swaps[count] / 3000 for count in (1, 2, 3)]
+        assert shares == pytest.approx([5 / 9, 3 / 9, 1 / 9], abs=0.03)
 
     def test_evolution_never_gets_worse(self):
         game = Planted(8, paired)

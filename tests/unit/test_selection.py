@@ -88,6 +88,11 @@ def test_distributed_gives_the_remainder_to_the_best_next_layers():
     assert distributed(scores, k=5, regions=3) == (0, 1, 3, 4, 6)
 
 
+def test_regions_of_distributed_end_at_the_nearest_whole_layer():
+    # 7 layers in 2 regions: 3.5 rounds to 4, so that layer 3 is of the first
+    assert distributed([0, 0, 0, 9, 8, 0, 0], k=2, regions=2) == (3, 4)
+
+
 def test_distributed_passes_on_what_a_region_cannot_give():
     # 5 layers in 2 regions are layers 0 to 1 and 2 to 4: the first has no third layer to give
     assert distributed([9, 9, 1, 1, 1], k=4, regions=2) == (0, 1, 2, 3)
@@ -140,8 +145,10 @@ def test_drop_block_drops_the_earliest_of_equal_blocks():
 
 
 def test_drop_block_refuses_nan_distances(refused):
+    angular = torch.ones(6, 6)
+    angular[1, 3] = float("nan")  # one is enough
     with refused("angular distance is NaN"):
-        drop_block(torch.full((6, 6), float("nan")), 3)
+        drop_block(angular, 3)
 
 
 def test_random_draws_follow_their_seed():

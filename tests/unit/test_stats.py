@@ -90,7 +90,26 @@ def test_interval_follows_its_seed():
     assert stats.interval(values, seed=1, draws=50) != stats.interval(values, seed=2, draws=50)
 
 
-@pytest.mark.parametrize(("value", "higher", "expected"), [(0.5, True, 3 / 5), (0.1, True, 1), (0.1, False, 1 / 5)])
+def test_where_bca_is_undefined_the_ends_are_the_2_5_and_97_5_percentiles():
+    """Without any one of the nine values the median is 2, so that it has no skewness.
+
+    Of nine drawn again five or more are 1 with probability 0.030: more than 2.5% and less than 5%.
+    """
+    values = [1.0] * 2 + [2.0] * 5 + [3.0] * 2
+    assert stats.interval(values, np.median, draws=20000) == (1.0, 3.0)
+
+
+def test_a_paired_test_follows_its_seed():
+    gap = np.random.default_rng(0).normal(0.1, 1, 30)
+    found = stats.paired(losses(gap), losses(np.zeros(30)), seed=4)
+    assert (found.p, found.lo, found.hi) == (stats.sign_flip(gap, 4), *stats.interval(gap, seed=4, draws=9999))
+    assert stats.sign_flip(gap, 4) != stats.sign_flip(gap, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "higher", "expected"),
+    [(0.5, True, 3 / 5), (0.1, True, 1), (0.1, False, 1 / 5), (0.2, False, 2 / 5)],  # an equal one counts
+)
 def test_control_p_value_by_hand(value, higher, expected):
     assert stats.control_p_value(value, [0.2, 0.4, 0.5, 0.7], higher) == pytest.approx(expected)
 
@@ -106,5 +125,5 @@ def test_sign_flip_by_hand():
 
 def test_holm_by_hand():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.5, 0.6]) == [1, 1]
+    assert stats.holm([0.9, 0.8]) == [1, 1]  # twice 0.8 is no probability
     assert stats.holm([]) == []

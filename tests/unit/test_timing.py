@@ -161,6 +161,13 @@ def test_prompt_follows_its_seed(llama):
 # Comparison
 
 
+def test_models_are_compared_on_the_prompt_of_the_seed(llama, monkeypatch):
+    seen, work = [], Workload("prefill_hidden", 1, 20)
+    monkeypatch.setattr(timing, "run_seconds", lambda model, workload, prompt: seen.append(prompt) or 1.0)
+    compare_speed(llama, {2: compact(llama, [0, 3])}, work, rounds=1, seed=5)
+    assert all(torch.equal(prompt, timing.random_prompt(llama, work, 5)) for prompt in seen)
+
+
 def test_rows_have_their_columns_for_every_compact_model(llama, planted):
     rows = compare_speed(llama, planted[0], Workload("prefill_hidden", 2, 7), rounds=3)
     assert [list(row) for row in rows] == [COLUMNS] * 2
@@ -203,6 +210,10 @@ def test_a_quiet_machine_takes_its_rounds_once_and_keeps_their_seconds(llama, mo
     assert (row["speedup_lo"], row["speedup"], row["speedup_hi"]) == (1.98, 2.0, 2.02)
 
 
+def test_the_speedup_is_the_median_of_the_ratios_and_not_the_ratio_of_the_medians():
+    assert timing.speed_row([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])["speedup"] == 2  # of 2, 3 and 1
+
+
 def test_spread_is_the_interquartile_range_over_the_median():
     row = timing.speed_row([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     assert row["spread"] == pytest.approx((4 - 2) / 3)
@@ -219,6 +230,14 @@ def test_a_busy_machine_takes_three_times_the_rounds_keeps_all_and_says_so(llama
     row, seconds = run_with(monkeypatch, llama, ratios, cores)
     assert (row["rounds"], row["quiet"]) == (27, False)
     assert [full for full, _ in seconds] == ratios * 3
+
+
+def test_one_wild_model_of_several_takes_three_times_the_rounds(llama, monkeypatch):
+    quiet, wild, turns = compact(llama, [0]), compact(llama, [1]), cycle([1.0, 4.0])
+    monkeypatch.setattr(timing, "Others", partial(Fake, cores=0.0))
+    monkeypatch.setattr(timing, "run_seconds", lambda model, *rest: next(turns) if model is wild else 1.0)
+    rows = compare_speed(llama, {1: quiet, 2: wild}, Workload("prefill_hidden", 1, 4), rounds=9)
+    assert [row["rounds"] for row in rows] == [27, 27]
 
 
 def test_rounds_that_calm_down_are_quiet_by_the_last_look(llama, monkeypatch):

@@ -38,6 +38,10 @@ def test_cosines_are_tested_like_losses():
     assert stats.paired(*pair).difference == 0.5
 
 
+def test_losses_are_in_the_order_of_the_windows_whatever_that_of_the_rows(table):
+    assert windows.losses(table.sample(frac=1, random_state=0), "0 1").values.tolist() == [2.0, 4.0, 6.0]
+
+
 def test_rows_on_different_windows_are_no_pair(table):
     other = windows.window_rows("0 2", "wikitext-2", BLOCKS + 1, MODEL, {"nll_nats": np.ones(3)})
     both = pd.concat([table, other])
