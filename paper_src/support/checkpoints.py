@@ -131,10 +131,11 @@ class _Watch(TrainerCallback):
 @contextmanager
 def plain_attention(model: nn.Module, tokens: int) -> Iterator[None]:
     """Inside, attention over few tokens is plain matrix products on a CPU: the fused kernel takes several times as long
-    there to go back.
+    there to go back. Of a model with towers each part is switched by itself.
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)
-             and part.device.type == "cpu" and part.config._attn_implementation == "sdpa"]  # fmt: skip
+             and part.device.type == "cpu" and part.config._attn_implementation == "sdpa"
+             and not part.config.sub_configs]  # fmt: skip
     parts = parts if tokens <= SHORT else []
     for part in parts:
         part.set_attn_implementation("eager")
