@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paper_src import InputError, NotSupported
-from paper_src.models import StandIn, last_hidden, locate_layers
+from paper_src.models import StandIn, last_hidden, locate_layers, same_states
 
 TRIED = 16  # tokens of two blocks on which all layers are compared with the model itself
 STACKED_TOKENS = 4096  # tokens of different subsets that go through a layer at once
@@ -88,12 +88,10 @@ class SubsetRunner:
     def _require_exact(self, model: PreTrainedModel) -> None:
         """Raise where all layers, run here one by one on two blocks, do not give the model's own states."""
         rest, self._blocks, self._first = (self._blocks, self._first), self._blocks[:2, :TRIED], self._first[:2, :TRIED]
-        tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
         try:
             with torch.no_grad():
-                expected = last_hidden(model, self._blocks).float()
-            found = self.last_hidden([tuple(range(self.depth))])[0].float()
-            exact = bool((found - expected).norm() <= tolerance * expected.norm())
+                expected = last_hidden(model, self._blocks)
+            exact = same_states(model, self.last_hidden([tuple(range(self.depth))])[0], expected)
         except torch.OutOfMemoryError:
             raise
         except (

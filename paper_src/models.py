@@ -261,6 +261,12 @@ def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
         raise InputError(f"{problem}: is the tokenizer another model's?") from error
 
 
+def same_states(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
+    """Whether states of ``model`` are those expected, but for the rounding of its dtype."""
+    tolerance, expected = 1e-4 if model.dtype == torch.float32 else 0.02, expected.float()
+    return bool((found.float() - expected).norm() <= tolerance * expected.norm())
+
+
 def _stack(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head; in some families (Llama 4) it has another name than it should."""
     if model.base_model is not model:

@@ -84,7 +84,10 @@ class Job:
         if longest < LENGTH + WRITE.new_tokens:
             raise InputError(f"{use.model} reads {longest} tokens at most: {LENGTH + WRITE.new_tokens} are needed")
         self.read_length = min(READ.length, longest)
-        self.works = replace(READ, length=self.read_length), replace(WRITE, length=min(WRITE.length, longest - 16))
+        self.works = (
+            replace(READ, length=self.read_length),
+            replace(WRITE, length=min(WRITE.length, longest - WRITE.new_tokens)),
+        )
         self.k = self._number()
         self.say(f"{use.model}: {models.count_parameters(self.full):,} parameters, {self.k} of {self.depth} layers are "
                  "to be kept")  # fmt: skip
@@ -519,9 +522,8 @@ def _as_many(tokenizer: object, text: str, count: int, length: int, seed: int, n
 def _require_causal(model: PreTrainedModel) -> None:
     """Raise where a token's state depends on the tokens behind it: such a model writes no text."""
     ids = torch.arange(4, device=model.device)[None]
-    before, after = (models.last_hidden(model, text)[:, :-1].float() for text in (ids, ids.where(ids < 3, 4)))
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
-    if not (before - after).norm() <= tolerance * before.norm():
+    before, after = (models.last_hidden(model, text)[:, :-1] for text in (ids, ids.where(ids < 3, 4)))
+    if not models.same_states(model, after, before):
         raise InputError(f"{type(model).__name__} reads tokens that come later (an encoder?): give a model that writes")
 
 
