@@ -19,7 +19,7 @@ def __getattr__(name: str) -> object:
     """``cut``, which brings torch with it, is imported when it is asked for."""
     if name != "cut":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("paper_src.cutting.job").cut
+    return importlib.import_module("paper_src.cutting.cut").cut
 
 
 class InputError(ValueError):

@@ -16,7 +16,7 @@ from paper_src.models import count_parameters, decoder_layers
 
 
 @dataclass(frozen=True)
-class Repaired:
+class Recovered:
     """A checkpoint of section 5: its folder, the tokens it has cost, and what its training started from."""
 
     folder: Path
@@ -45,7 +45,7 @@ class Setting:
     blocks: Tensor
     kept: Mapping[int, Sequence[int]]
     block_cut: Mapping[int, Sequence[int]]
-    repaired: Mapping[int, Repaired]
+    repaired: Mapping[int, Recovered]
     validation: fidelity.Reference
     folder: Path
     training: distillation.Distillation

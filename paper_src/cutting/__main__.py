@@ -68,7 +68,7 @@ def status(act: Callable[[], object]) -> int:
 
 def _cut(given: dict[str, object]) -> None:
     request = requested(given)
-    from paper_src.cutting.job import cut  # Transformers takes seconds
+    from paper_src.cutting.cut import cut  # Transformers takes seconds
 
     cut(**vars(request))
 

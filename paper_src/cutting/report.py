@@ -3,7 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,59 +12,82 @@ import jinja2
 from transformers import PreTrainedModel
 
 from paper_src.compaction import shown
+from paper_src.cutting.choice import strategy_title
+from paper_src.cutting.judging import task_title
+from paper_src.cutting.repair import Repaired
+from paper_src.cutting.subject import Subject
 from paper_src.models import count_parameters
-from paper_src.selection import STRATEGIES
+from paper_src.selection import STRATEGIES, KeptLayers, kept_tuple
 
 MODELS = ("cut", "refitted", "recovered")
 
 
-def report_files(
-    job: Any, final: PreTrainedModel, tested: Sequence[dict], timed: Sequence[dict]
-) -> tuple[dict[str, str], str]:  # fmt: skip
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    subject: Subject
+    candidates: Sequence[dict]  # rows, best first
+    refitted: Repaired
+    recovered: Repaired
+    tested: Sequence[dict]
+    timed: Sequence[dict]
+
+    @property
+    def kept(self) -> KeptLayers:
+        """Layers of the best candidate."""
+        return kept_tuple(self.candidates[0]["kept"])
+
+    @property
+    def chosen_by(self) -> str:
+        """The strategy whose layers are kept, and its source."""
+        name = self.candidates[0]["name"]
+        return f"{STRATEGIES[name].title} ({STRATEGIES[name].source})" if name in STRATEGIES else "the reader"
+
+
+def report_files(outcome: Outcome, final: PreTrainedModel) -> tuple[dict[str, str], str]:
     """File name -> text of what stands beside the weights, and the paragraph of numbers for the card."""
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    facts = facts_of(job, final, tested, timed)
+    facts = facts_of(outcome, final)
     files = {
         "report.html": page.from_string(template).render(facts),
-        "quality.csv": _csv(tested),
-        "speed.csv": _csv(timed),
+        "quality.csv": _csv(outcome.tested),
+        "speed.csv": _csv(outcome.timed),
     }
     return files, _card(facts)
 
 
-def task_title(row: Mapping[str, Any]) -> str:
-    """What a row of speeds is of, in words."""
-    return "writing a token" if row["task"] == "decode" else f"reading {row['length']} tokens"
-
-
-def strategy_title(name: str) -> str:
-    """How layers were chosen, in a word."""
-    return STRATEGIES[name].title if name in STRATEGIES else "given"
-
-
-def facts_of(job: Any, final: PreTrainedModel, tested: Sequence[dict], timed: Sequence[dict]) -> dict[str, Any]:
+def facts_of(outcome: Outcome, final: PreTrainedModel) -> dict[str, Any]:
     """What the report's template is filled with."""
-    parameters = {"full": count_parameters(job.full), "recovered": count_parameters(final)}
+    subject, repaired = outcome.subject, (outcome.refitted, outcome.recovered)
+    full, request, texts = subject.full, subject.request, subject.texts
+    parameters = {"full": count_parameters(full), "recovered": count_parameters(final)}
     sizes = {name: {"parameters": count, "bytes": count * final.dtype.itemsize} for name, count in parameters.items()}
+    return {
+        "model": shown(request.model), "name": Path(request.out).name, "kept": list(outcome.kept),
+        "depth": subject.depth, "chosen_by": outcome.chosen_by,
+        "candidates": [{**row, "title": strategy_title(row["name"])} for row in outcome.candidates],
+        "tokens": {"refit": repaired[0].tokens, "distilled": repaired[1].tokens},
+        "texts": ", ".join(Path(name).name for name in texts.names),
+        "own_text": max(one.own_text for one in repaired),
+        "sizes": sizes, "quality": _quality(outcome.tested, texts.names), "models": MODELS, "seed": request.seed,
+        "speed": [{**row, "title": task_title(row)} for row in outcome.timed], "notes": subject.progress.notes,
+        "minutes": subject.progress.spent / 60, "dtype": str(final.dtype).removeprefix("torch."),
+        "device": str(full.device), "computing": str(full.dtype).removeprefix("torch."),
+        "digest": subject.loaded.digest[:12],
+    }  # fmt: skip
+
+
+def _quality(tested: Sequence[dict], own: Sequence[str]) -> list[dict[str, Any]]:
+    """An entry for each kind of text: model -> row, with the length of its bar in per cent of the longest."""
     most = max([math.log(max(row["ppl_ratio"], 1)) for row in tested], default=0) or 1.0
     tested = [{**row, "bar": 100 * math.log(max(row["ppl_ratio"], 1)) / most} for row in tested]
     quality = []
     for kind in dict.fromkeys(row["text"] for row in tested):
         rows = {row["model"]: row for row in tested if row["text"] == kind}
-        quality.append({"text": Path(kind).name, "own": kind in job.names, "full": rows["full"], **rows})
-    candidates = [{**row, "title": strategy_title(row["name"])} for row in job.progress.get("candidates")]
-    return {
-        "model": shown(job.request.model), "name": Path(job.request.out).name, "kept": list(job.kept),
-        "depth": job.depth, "chosen_by": job.chosen_by, "candidates": candidates, "tokens": job.tokens,
-        "texts": ", ".join(Path(name).name for name in job.names),
-        "own_text": job.own_text,
-        "sizes": sizes, "quality": quality, "models": MODELS, "seed": job.request.seed,
-        "speed": [{**row, "title": task_title(row)} for row in timed], "warnings": job.warnings,
-        "minutes": job.progress.spent / 60, "dtype": str(final.dtype).removeprefix("torch."),
-        "device": str(job.full.device), "computing": str(job.full.dtype).removeprefix("torch."),
-        "digest": job.loaded.digest[:12],
-    }  # fmt: skip
+        quality.append({"text": Path(kind).name, "own": kind in own, **rows})
+    return quality
 
 
 def _csv(rows: Sequence[dict]) -> str:
@@ -83,5 +107,5 @@ def _card(facts: dict[str, Any]) -> str:
                      f"{got['ppl_ratio_lo']:.2f} to {got['ppl_ratio_hi']:.2f} | {got['cosine']:.3f} |")  # fmt: skip
     lines += [f"\nSpeed, {row['title']}: {row['speedup']:.2f} times the full model's "
               f"({row['speedup_lo']:.2f} to {row['speedup_hi']:.2f})." for row in facts["speed"]]  # fmt: skip
-    lines += [f"\nNote: {line}." for line in facts["warnings"]]
+    lines += [f"\nNote: {line}." for line in facts["notes"]]
     return "\n".join(lines)

@@ -1,15 +1,12 @@
-"""What is asked for, checked before anything is loaded; and the state of a run that may be killed."""
+"""What is asked for, checked before anything is loaded."""
 
-import hashlib
-import json
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paper_src import InputError
 from paper_src.selection import STRATEGIES
-from paper_src.support.files import replacing, writable_folder
+from paper_src.support.files import writable_folder
 
 CHOICES = [name for name, strategy in STRATEGIES.items() if strategy.needs not in ("score", "fresh")]
 
@@ -51,50 +48,3 @@ class Request:
         local = [name for name in (self.model, *texts) if Path(name).expanduser().exists()]
         writable_folder(self.out, local)
         return replace(self, texts=tuple(texts))
-
-
-class Progress:
-    """What a run has found, in a file of its folder, and the time it has used.
-
-    A run with the same request goes on from there; another request begins anew.
-    """
-
-    def __init__(self, request: Request):
-        words = {name: value for name, value in asdict(request).items() if name != "minutes"}
-        self.folder = Path(f"{Path(request.out).expanduser().resolve()}.unfinished")
-        self.limit, self._start = 60 * request.minutes, time.monotonic()
-        self._path = self.folder / "progress.json"
-        key = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
-        self._known: dict[str, object] = {"request": key, "spent": 0.0}
-        try:
-            before = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or cut off
-            before = {}
-        if before.get("request") == key:
-            self._known = before
-        self._spent = float(self._known["spent"])
-
-    @property
-    def spent(self) -> float:
-        """Seconds used so far, those of killed runs with it."""
-        return self._spent + time.monotonic() - self._start
-
-    @property
-    def left(self) -> float:
-        """Seconds left, at least 0."""
-        return max(0.0, self.limit - self.spent)
-
-    def get(self, name: str) -> object:
-        """What is known by this name, or None."""
-        return self._known.get(name)
-
-    def put(self, name: str, value: object) -> object:
-        """Keep a value of plain types, on disk; returns it."""
-        self._known |= {name: value, "spent": self.spent}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write {self.folder} ({error.strerror}): choose another folder") from error
-        with replacing(self._path) as part:
-            part.write_text(json.dumps(self._known), encoding="utf-8")
-        return value

@@ -73,7 +73,7 @@ class Said:
         self._out = out
 
     def write(self, text: str) -> None:
-        """Lines of :meth:`paper_src.cutting.job.Job.say`."""
+        """Lines of :meth:`paper_src.cutting.progress.Progress.say`."""
         for line in text.splitlines():
             if line.endswith(" left)"):
                 print(f"\r\x1b[K{line}" if self._out.isatty() else line, file=self._out, flush=True)

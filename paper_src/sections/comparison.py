@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paper_src import NotSupported, timing
 from paper_src.baselines import sparsity, zero_shot
 from paper_src.baselines.methods import METHODS, Method
-from paper_src.baselines.setting import Repaired, Setting
+from paper_src.baselines.setting import Recovered, Setting
 from paper_src.baselines.size import bytes_of, count_of, require_alive
 from paper_src.baselines.training import TRAININGS
 from paper_src.compaction import compact
@@ -69,10 +69,12 @@ class Measurement:
     rounds: int
 
 
-def repaired(recovered: pd.DataFrame, folder: Path) -> dict[int, Repaired]:
+def repaired(recovered: pd.DataFrame, folder: Path) -> dict[int, Recovered]:
     """k -> the checkpoint of section 5, with its budget from t5_recovery."""
     rows = recovered[(recovered["selection"] == "selected") & (recovered["recovery"] == "distilled")]
-    return {row.k: Repaired(folder / f"recovered_{row.k}", row.tokens, start_of(row.form)) for row in rows.itertuples()}
+    return {
+        row.k: Recovered(folder / f"recovered_{row.k}", row.tokens, start_of(row.form)) for row in rows.itertuples()
+    }
 
 
 def best_cut(full: PreTrainedModel, draws: Sequence[Sequence[int]], valid: Judge) -> Sequence[int]:

@@ -10,7 +10,7 @@ from paper_src.selection import STRATEGIES
 
 
 @dataclass(frozen=True)
-class Run:
+class Released:
     """Perplexities of models that peers' own code made, by name and k, on the weights of ``model``.
 
     Each was run once, one seed, and judged on 16 windows of 512 tokens of WikiText-2's test split.
@@ -22,7 +22,7 @@ class Run:
     ppl: Mapping[str, Mapping[int, float]]
 
 
-SELECTIONS = Run("smollm2-135m-instruct", "with <unk>", 29.17, {
+SELECTIONS = Released("smollm2-135m-instruct", "with <unk>", 29.17, {
     "evopress": {22: 84.3},  # 20 generations of 12, by KL
     "sleb": {22: 90.9, 15: 375, 8: 6533},
     "shortened_llama_taylor_plus": {22: 92.3, 15: 7074, 8: 232262},
@@ -33,7 +33,7 @@ SELECTIONS = Run("smollm2-135m-instruct", "with <unk>", 29.17, {
 # The peers' own functions (the fit of the map; the two of the factor and of scaling) on states of 64 windows of 128
 # tokens of calibration text and the layers of sections 2 and 5. Around them stood our loop over gaps and our collecting
 # of states, on a CPU, which their scripts do not know: a check of the formulas, not of the whole scripts.
-MODELS = Run("smollm2-135m-instruct", "raw", 29.94, {
+MODELS = Released("smollm2-135m-instruct", "raw", 29.94, {
     "replace_me_cosine": {22: 399.0, 8: 16072},
     "cut_magnitude": {22: 97.3},  # on 16 of the windows, gap after gap; the head untied from the scaled embedding
 })  # fmt: skip
@@ -72,7 +72,7 @@ def t7_peers(baselines: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def _beside(
-    run: Run, table: pd.DataFrame, model: str, titles: Mapping[str, str], ours: Mapping[str, str]
+    run: Released, table: pd.DataFrame, model: str, titles: Mapping[str, str], ours: Mapping[str, str]
 ) -> pd.DataFrame:
     columns = ["ppl", "ppl_ratio", "ppl_ratio_lo", "ppl_ratio_hi"]
     table = table[table["name"].notna() & (model == run.model)]

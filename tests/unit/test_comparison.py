@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from paper_src import NotSupported, distillation, timing
 from paper_src.baselines import control, methods, moments, quantization, size
 from paper_src.baselines.methods import METHODS, Method
-from paper_src.baselines.setting import Repaired, Setting
+from paper_src.baselines.setting import Recovered, Setting
 from paper_src.baselines.training import TRAININGS
 from paper_src.compaction import compact
 from paper_src.models import count_parameters, decoder_layers
@@ -29,7 +29,7 @@ SHAPE = {"vocab_size": 300, "max_position_embeddings": 128, "num_key_value_heads
 def setting(tmp_path, make_blocks, judges):
     model = build_model("llama", **SHAPE)
     training = distillation.Distillation(batch_size=4, evaluate_every=2)
-    repaired = {2: Repaired(tmp_path / "repaired", tokens=1000)}
+    repaired = {2: Recovered(tmp_path / "repaired", tokens=1000)}
     blocks, kept, random = make_blocks(16, 16, vocab=300), {2: (0, 3)}, {2: (1, 3)}
     folder, valid = tmp_path / "work", judges[1].first
     return Setting(model, blocks, kept, kept, repaired, valid, folder, training, [1e-3], random)

@@ -19,12 +19,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 import paper_src
-from paper_src import timing
-from paper_src.cutting import job as steps
+from paper_src import NotSupported, compaction, data, models, recovery, timing
+from paper_src.cutting import budget, choice, judging, saving, texts
 from paper_src.cutting.__main__ import main
-from paper_src.cutting.job import Job
-from paper_src.cutting.report import facts_of
-from paper_src.cutting.request import CHOICES, Progress, Request
+from paper_src.cutting.cut import cut
+from paper_src.cutting.progress import Progress
+from paper_src.cutting.repair import Repaired
+from paper_src.cutting.report import Outcome, facts_of
+from paper_src.cutting.request import CHOICES, Request
+from paper_src.cutting.subject import READ, load, read
+from paper_src.selection import kept_tuple
 
 ROOT = Path(__file__).parents[2]
 MODEL, TEXT = str(ROOT / "tests/data/tiny-llama"), str(ROOT / "tests/data/tiny-text")
@@ -33,7 +37,7 @@ MODEL, TEXT = str(ROOT / "tests/data/tiny-llama"), str(ROOT / "tests/data/tiny-t
 @pytest.fixture(autouse=True)
 def own_text_only(monkeypatch):
     """Other kinds of text are downloads."""
-    monkeypatch.setattr(steps, "KINDS", ())
+    monkeypatch.setattr(texts, "KINDS", ())
 
 
 def request(tmp_path, **settings):
@@ -47,9 +51,24 @@ def made(tmp_path_factory):
     """The folder of a cut model, and what was said."""
     said, folder = [], tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "KINDS", ())
+        patch.setattr(texts, "KINDS", ())
         out = paper_src.cut(MODEL, folder / "small", keep=0.5, say=said.append, minutes=0.2, texts=(TEXT,))
     return out, said
+
+
+def begun(asked):
+    """A run's subject, its texts read, that says nothing."""
+    subject = load(asked, Progress(asked, lambda line: None))
+    read(subject)
+    return subject
+
+
+def unrepaired(asked):
+    """What a run comes to that repairs and measures nothing."""
+    subject = begun(asked)
+    candidates = choice.ranked(subject, judging.Validation(subject))
+    small = Repaired(compaction.compact(subject.full, kept_tuple(candidates[0]["kept"])), 0, 0)
+    return Outcome(subject, candidates, small, small, [], [])
 
 
 def rows(path):
@@ -84,11 +103,10 @@ def test_the_report_and_the_card_have_the_numbers_of_the_tables(made):
 def test_the_table_is_what_the_saved_model_does(made):
     out, _ = made
     full, small = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (MODEL, out))
-    job = Job(request(out.parent / "other", keep=4))
-    job.load(), job.read()
+    subject = begun(request(out.parent / "other", keep=4))
     found = {row["model"]: row for row in rows(out / "quality.csv")}
     count = int(found["full"]["n_windows"])
-    blocks = steps._as_many(job.tokenizer, steps.data.load_text(TEXT, "test")[0], count, 512, 0, TEXT)
+    blocks = data.as_many(subject.tokenizer, data.load_text(TEXT, "test")[0], count, 512, 0)
     with torch.no_grad():
         nll = [torch.nn.functional.cross_entropy(model(blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
                for model in (full, small)]  # fmt: skip
@@ -105,7 +123,7 @@ def test_nothing_is_left_beside_the_checkpoint_and_time_was_told(made):
 
 def test_layers_that_no_repair_changed_are_the_checkpoints_own_bit_for_bit(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_affordable", lambda self, settings: 0)
+        patch.setattr(budget, "for_training", lambda subject: 0.0)
         out = paper_src.cut(
             MODEL, tmp_path / "x", keep=4, say=lambda line: None, minutes=0.2, texts=(TEXT,), dtype="bfloat16"
         )
@@ -127,14 +145,14 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        steps.cut(**vars(request(tmp_path)), say=stop)
+        cut(**vars(request(tmp_path)), say=stop)
     before = json.loads((tmp_path / "small.unfinished/progress.json").read_text())
     assert before["candidates"] and before["spent"] > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_candidates", lambda self: pytest.fail("it searches again"))
-        patch.setattr(steps.recovery, "closed_form", lambda *args, **settings: pytest.fail("it refits again"))
-        patch.setattr(Job, "_affordable", lambda self, settings: 0)
-        out = steps.cut(**vars(request(tmp_path)), say=lambda line: None)
+        patch.setattr(choice, "candidates", lambda subject: pytest.fail("it searches again"))
+        patch.setattr(recovery, "closed_form", lambda *args, **settings: pytest.fail("it refits again"))
+        patch.setattr(budget, "for_training", lambda subject: 0.0)
+        out = cut(**vars(request(tmp_path)), say=lambda line: None)
     changed = rows(out / "quality.csv")
     assert float(changed[2]["ppl_ratio"]) != float(changed[1]["ppl_ratio"])  # the refit was read
 
@@ -148,26 +166,26 @@ def test_without_any_repair_the_report_says_so_also_over_a_stop(tmp_path, refuse
             raise Stop
 
     def none(*args, **settings):
-        raise steps.NotSupported("not of this family")
+        raise NotSupported("not of this family")
 
     text = tmp_path / "own.txt"
     text.write_text((Path(TEXT) / "train.txt").read_text() * 4)
     asked = vars(request(tmp_path, texts=(str(text),)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps.recovery, "closed_form", none)
-        patch.setattr(Job, "_affordable", lambda self, settings: 0)
+        patch.setattr(recovery, "closed_form", none)
+        patch.setattr(budget, "for_training", lambda subject: 0.0)
         with pytest.raises(Stop):
-            steps.cut(**asked, say=stop)
-        out = steps.cut(**asked, say=lambda line: None)
+            cut(**asked, say=stop)
+        out = cut(**asked, say=lambda line: None)
         assert "no closed form: not of this family" in (out / "report.html").read_text()
         assert "the same, as this family has no closed form" in (out / "report.html").read_text()
         assert "unchanged and nothing was trained" in (out / "README.md").read_text()
 
         with pytest.raises(Stop):
-            steps.cut(**asked | {"out": str(tmp_path / "later")}, say=stop)
+            cut(**asked | {"out": str(tmp_path / "later")}, say=stop)
         text.write_text(text.read_text().replace("the", "a"))
         with refused("later.unfinished is of other texts: delete it, or give another --out"):
-            steps.cut(**asked | {"out": str(tmp_path / "later")}, say=lambda line: None)
+            cut(**asked | {"out": str(tmp_path / "later")}, say=lambda line: None)
 
 
 def test_another_request_begins_anew(tmp_path):
@@ -185,12 +203,11 @@ def test_a_progress_file_that_was_cut_off_begins_anew(tmp_path):
 
 
 def test_a_speed_gives_the_number_of_layers_that_has_it(tmp_path):
-    job = Job(request(tmp_path, keep=0.0, speed=1.5))
-    job.load()
+    subject = begun(request(tmp_path, keep=0.0, speed=1.5))
     flops = []
-    for k in (job.depth, job.k, job.k + 1):
-        small = steps.compaction.compact(job.full, range(k))
-        flops.append(timing.count_flops(small, steps.READ, timing.random_prompt(job.full, steps.READ, 0)))
+    for k in (subject.depth, subject.k, subject.k + 1):
+        small = compaction.compact(subject.full, range(k))
+        flops.append(timing.count_flops(small, READ, timing.random_prompt(subject.full, READ, 0)))
     assert flops[0] / flops[1] >= 1.5 > flops[0] / flops[2]
 
 
@@ -201,45 +218,43 @@ def saved(folder, model):
 
 
 def test_given_layers_are_the_only_candidate(tmp_path):
-    job = Job(request(tmp_path, keep=0, layers=(0, 1, 2, 5)), say=lambda line: None)
-    job.load(), job.read()
-    (row,) = job.search()
-    assert (row["name"], job.kept, job.k, job.chosen_by) == ("given", (0, 1, 2, 5), 4, "the reader")
+    subject = begun(request(tmp_path, keep=0, layers=(0, 1, 2, 5)))
+    rows = choice.ranked(subject, judging.Validation(subject))
+    outcome = Outcome(subject, rows, None, None, [], [])
+    assert [row["name"] for row in rows] == ["given"]
+    assert (outcome.kept, subject.k, outcome.chosen_by) == ((0, 1, 2, 5), 4, "the reader")
 
 
 def test_a_model_of_few_positions_is_read_and_timed_as_far_as_it_goes(tmp_path, make_model):
     full = make_model("gpt2", max_position_embeddings=256, vocab_size=512)
-    job = Job(request(tmp_path, model=saved(tmp_path / "short", full), keep=2), say=lambda line: None)
-    job.load(), job.read()
-    job.recovered = steps.compaction.compact(job.full, (0, 1))
-    assert [(row["task"], row["length"]) for row in job.time()] == [("prefill_hidden", 256), ("decode", 128)]
-    assert steps.task_title({"task": "prefill_hidden", "length": 256}) == "reading 256 tokens"
+    subject = begun(request(tmp_path, model=saved(tmp_path / "short", full), keep=2))
+    rows = judging.speed(subject, compaction.compact(subject.full, (0, 1)))
+    assert [(row["task"], row["length"]) for row in rows] == [("prefill_hidden", 256), ("decode", 128)]
+    assert judging.task_title({"task": "prefill_hidden", "length": 256}) == "reading 256 tokens"
 
 
 def test_a_model_that_sees_what_comes_is_refused(tmp_path, refused):
     words = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     encoder = BertLMHeadModel(BertConfig(vocab_size=512, initializer_range=0.2, **words))
-    job = Job(request(tmp_path, model=saved(tmp_path / "bert", encoder), dtype="float32"), say=lambda line: None)
+    asked = request(tmp_path, model=saved(tmp_path / "bert", encoder), dtype="float32")
     with refused("BertLMHeadModel reads tokens that come later"):
-        job.load()
+        begun(asked)
 
 
 def test_a_report_compares_sizes_in_the_checkpoints_own_dtype(tmp_path):
-    job = Job(request(tmp_path, dtype="bfloat16"), say=lambda line: None)
-    job.load(), job.read(), job.search()
-    job.recovered, job.tokens = steps.compaction.compact(job.full, job.kept), {"refit": 0, "distilled": 0}
-    facts = facts_of(job, job._as_stored(), [], [])
-    counts = [steps.models.count_parameters(model) for model in (job.full, job.recovered)]
+    outcome = unrepaired(request(tmp_path, dtype="bfloat16"))
+    full, small = outcome.subject.full, outcome.recovered.model
+    facts = facts_of(outcome, saving.as_stored(outcome.subject, outcome.kept, small))
+    counts = [models.count_parameters(model) for model in (full, small)]
     assert (facts["dtype"], facts["computing"]) == ("float32", "bfloat16")
     assert [facts["sizes"][name]["bytes"] for name in ("full", "recovered")] == [4 * count for count in counts]
 
 
 @pytest.mark.parametrize("strategy", CHOICES)
 def test_every_strategy_can_be_asked_for(tmp_path, strategy):
-    job = Job(request(tmp_path, strategy=strategy), say=lambda line: None)
-    job.load(), job.read()
-    (row,) = job.search()
-    assert row["name"] == strategy and len(job.kept) == 4
+    subject = begun(request(tmp_path, strategy=strategy))
+    ((name, kept),) = choice.candidates(subject).items()
+    assert name == strategy and len(kept) == 4
 
 
 @pytest.mark.parametrize(
@@ -289,22 +304,17 @@ def test_bad_input_is_one_line(tmp_path, capsys, words, message, monkeypatch):
 def test_short_texts_are_refused_by_name(tmp_path, refused):
     text = tmp_path / "short.txt"
     text.write_text("Too few words. " * 10)
-    job = Job(request(tmp_path, texts=(str(text),)))
-    job.load()
     with refused("short.txt is too short"):
-        job.read()
+        begun(request(tmp_path, texts=(str(text),)))
 
 
 def test_a_checkpoint_that_loads_as_another_model_is_not_kept(tmp_path, refused, monkeypatch):
-    job = Job(request(tmp_path), say=lambda line: None)
-    job.load(), job.read(), job.search()
-    job.small = job.recovered = steps.compaction.compact(job.full, job.kept)
-    job.tokens = {"refit": 0, "distilled": 0}
-    wrong = steps.models.load_model(MODEL)
-    monkeypatch.setattr(steps.models, "load_model", lambda *words: wrong)
-    monkeypatch.setattr(Job, "_as_stored", lambda self: self.recovered)
+    outcome = unrepaired(request(tmp_path))
+    wrong = models.load_model(MODEL)
+    monkeypatch.setattr(models, "load_model", lambda *words: wrong)
+    monkeypatch.setattr(saving, "as_stored", lambda subject, kept, recovered: recovered)
     with refused("loads as another model than was saved: nothing is kept"):
-        job.save([], [])
+        saving.save(outcome)
     assert not (tmp_path / "small").exists()
 
 
@@ -364,8 +374,8 @@ import sys
 sys.path[:0] = {paths!r}
 import paper_src
 assert paper_src.__file__.startswith({paths[0]!r}), paper_src.__file__
-from paper_src.cutting import job
-job.KINDS = ()
+from paper_src.cutting import texts
+texts.KINDS = ()
 from paper_src.cutting.__main__ import main
 assert "pandas" not in sys.modules
 sys.exit(main({words!r}))
@@ -414,11 +424,16 @@ def test_the_command_runs_the_notebook_and_tells_how_far_it_is(tmp_path):
 
 
 def test_harm_done_by_a_repair_is_said_once_for_all_texts(tmp_path):
-    job = Job(request(tmp_path), say=lambda line: None)
-    job.load()
+    subject = begun(request(tmp_path))
     ppl = {"a": (9.0, 30.0, 20.0), "b": (9.0, 30.0, 40.0), "c": (1000.0, 30.0, 40.0)}  # full, cut, recovered
-    rows = [{"text": text, "model": model, "ppl": value} for text, values in ppl.items()
+    rows = [{"text": text, "model": model, "ppl": value, "n_windows": 8} for text, values in ppl.items()
             for model, value in zip(("full", "cut", "recovered"), values, strict=True)]  # fmt: skip
-    job._warn_of_quality(rows)
-    assert job.warnings == ["on b, c the repaired model is worse than the cut one",
-                            "on c the full model itself is worse than a uniform guess"]  # fmt: skip
+    judging.note_quality(subject, rows)
+    harm = ["on b, c the repaired model is worse than the cut one",
+            "on c the full model itself is worse than a uniform guess"]  # fmt: skip
+    assert subject.progress.notes == harm
+    judging.note_quality(subject, [{**row, "n_windows": 7} for row in rows])
+    assert subject.progress.notes == [
+        *harm,
+        "as few as 7 test windows: intervals are rough, more minutes give more windows",
+    ]

@@ -47,5 +47,5 @@ def test_functions_fit_a_screen(path):
 def test_the_method_is_thin():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     assert sum(count for path, count in lines.items() if path.parent.name == "paper_src") <= 3420
-    assert sum(lines.values()) <= 13800
-    assert max(count for path, count in lines.items() if path.parent.name == "sections") <= 300
+    assert sum(lines.values()) <= 14000
+    assert max(count for path, count in lines.items() if path.parent.name != "paper_src") <= 300
