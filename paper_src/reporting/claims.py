@@ -7,6 +7,7 @@ they straddle the threshold the verdict is ``undetermined``. Every verdict names
 import ast
 import math
 import operator
+import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -214,12 +215,21 @@ def t9_claims(read: Read) -> pd.DataFrame:
                "needs": claim.needs, "source": ", ".join(sources)}  # fmt: skip
         for language, suffix in zip(LANGUAGES, ("", "_zh"), strict=True):
             for name in ("reported", "finding", "rule", "decides"):
-                row[f"{name}{suffix}"] = getattr(claim, name)[language].format(**values)
+                row[f"{name}{suffix}"] = _range_of_one(getattr(claim, name)[language].format(**values))
         rows.append(row)
     wanted = ["name", "group", "reported", "finding", "verdict", "decided_by", "by_test", "run", "rule", "decides",
               "expected", "source", "test", "needs",
               *(f"{name}_zh" for name in ("reported", "finding", "rule", "decides"))]  # fmt: skip
     return pd.DataFrame(rows)[wanted]
+
+
+def _range_of_one(sentence: str) -> str:
+    """A range whose ends are the same number, as that number.
+
+    >>> _range_of_one("3.71-3.71 times for reading, 2.53-3.06 for writing; 1.2-1.25")
+    '3.71 times for reading, 2.53-3.06 for writing; 1.2-1.25'
+    """
+    return re.sub(r"\b(\d[\d,.]*)-\1(?![\d,.]*\d)", r"\1", sentence)
 
 
 def flipped(table: pd.DataFrame) -> list[str]:
