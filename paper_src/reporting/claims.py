@@ -226,10 +226,10 @@ def t9_claims(read: Read) -> pd.DataFrame:
 def _range_of_one(sentence: str) -> str:
     """A range whose ends are the same number, as that number.
 
-    >>> _range_of_one("3.71-3.71 times for reading, 2.53-3.06 for writing; 1.2-1.25")
-    '3.71 times for reading, 2.53-3.06 for writing; 1.2-1.25'
+    >>> _range_of_one("3.71-3.71 times for reading, 2.53-3.06 for writing; 1.2-1.25, 0.25-25")
+    '3.71 times for reading, 2.53-3.06 for writing; 1.2-1.25, 0.25-25'
     """
-    return re.sub(r"\b(\d[\d,.]*)-\1(?![\d,.]*\d)", r"\1", sentence)
+    return re.sub(r"(?<![\d,.])(\d[\d,.]*)-\1(?![\d,.]*\d)", r"\1", sentence)
 
 
 def flipped(table: pd.DataFrame) -> list[str]:
