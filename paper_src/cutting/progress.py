@@ -63,7 +63,7 @@ class Progress:
 
     def finish(self, name: str, value: object) -> object:
         """:meth:`put` what a step came to, with the notes so far: the step, and so its notes, are not made again."""
-        self._known["notes"] = self.notes
+        self._known["notes"] = list(self.notes)  # later ones belong to steps that are made again
         return self.put(name, value)
 
     def require_same(self, name: str, value: object, what: str) -> None:
