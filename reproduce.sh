@@ -116,8 +116,13 @@ run() {
   [ -z "$only" ] || [ -f "notebooks/$only.ipynb" ] || die "no notebook '$only': there are $(cd notebooks && echo 0*.ipynb)"
   [[ "$jobs" =~ ^([1-9][0-9]*)?$ ]] || die "--jobs '$jobs': give a number of cores, 1 or more"
   [[ "$model$device$data_dir" != *"'"* ]] || die "--model, --device and --data-dir cannot hold a quote character"
-  [ -z "$data_dir" ] || data_dir=$(cd "$data_dir" 2>/dev/null && pwd) || die "--data-dir: no such folder"
-  [ ! -e "$model" ] || model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model")
+  # Paths are of the place this was called from.
+  [ -z "$data_dir" ] || data_dir=$(cd "$called_from" && cd "$data_dir" 2>/dev/null && pwd) || die "--data-dir: no such folder"
+  if [ -n "$model" ]; then
+    local path; path=$(cd "$called_from" && [ -e "$model" ] && cd "$(dirname "$model")" && pwd) && path+=/$(basename "$model") || path=""
+    [ -n "$path" ] || [[ ! "$model" =~ ^(/|\.|~)|\.gguf$ ]] || die "--model: no such file or folder: $model"
+    model=${path:-$model}
+  fi
 
   environment
   local results=results/$profile since target
