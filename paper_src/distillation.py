@@ -117,7 +117,7 @@ class _Answers:
 
     def __init__(self, teacher: PreTrainedModel, blocks: Tensor, folder: Path):
         self.teacher = teacher
-        shape = (*blocks.shape, teacher.config.get_text_config().hidden_size)
+        shape = (*blocks.shape, last_hidden(teacher, blocks[:1, :1]).shape[-1])
         self.states = tensor_in_file(folder / "answers.bin", shape, teacher.dtype)
         self.known = tensor_in_file(folder / "answered.bin", (len(blocks),), torch.uint8)
 
@@ -182,7 +182,7 @@ class Distiller(WatchedTrainer):
         ids, use = inputs["input_ids"], self.settings
         with torch.no_grad():
             h = self.answers(ids, inputs["index"]) if self.answers else last_hidden(self.teacher, ids)
-        own = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        own = last_hidden(model, ids)
         loss = use.hidden * (1 - functional.cosine_similarity(own.float(), h.float(), dim=-1)).mean()
         if use.kl:
             part = (slice(None), slice(self.state.global_step % use.kl_every, None, use.kl_every))

@@ -45,6 +45,8 @@ OTHERS = {
     "bert": WIDE,
     "mixtral": GROUPED | {"num_experts_per_tok": 2, "num_local_experts": 4},
     "qwen2_moe": GROUPED | EXPERTS | {"num_experts": 4},
+    "llama4_text": GROUPED
+    | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1},
     "smollm3": GROUPED,
     "granite": GROUPED,
     "t5": {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_heads": 4},
