@@ -27,11 +27,16 @@ def _attention_flops(query: list[int], key: list[int], value: list[int], *args, 
     return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
-# torch's counter does not know the CPU's kernel, and some releases of it refuse queries in groups
-_ATTENTION = {
+def _experts_flops(tokens: list[int], weights: list[int], *args, **kwargs) -> int:
+    """2 n m p of tokens (n, m), each through the matrix of its own expert among weights (E, m, p)."""
+    return 2 * math.prod(tokens) * weights[-1]
+
+
+# torch's counter does not know the CPU's kernel of attention, and some releases of it refuse queries in groups
+_KERNELS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention{end}"): _attention_flops
     for kernel, end in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
-}
+} | dict.fromkeys([torch.ops.aten._grouped_mm, torch.ops.transformers.grouped_mm_fallback], _experts_flops)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def count_flops(model: PreTrainedModel, workload: Workload, prompt: Tensor) -> i
     Attention is counted in full, although a causal kernel may skip half of it.
     """
     work = _work(model, workload, prompt)  # outside: the prefill before decoding is not counted
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_KERNELS) as counter:
         work()
     return counter.get_total_flops()
 

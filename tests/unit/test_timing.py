@@ -100,13 +100,21 @@ def test_flops_of_decoding_grow_with_the_cache_and_leave_out_the_prefill(llama):
     assert flops(llama, "decode", 2, 7, 3) == 2 * (3 * (4 * LINEAR + HEAD) + 4 * pairs * ATTENTION)
 
 
+def test_flops_of_experts_are_those_that_a_token_goes_through(make_model):
+    """4 layers, 7 tokens: attention, a router, 2 of 4 experts of width 16, the shared one of 16 and its gate."""
+    expert, router, gate = 3 * 32 * 16, 32 * 4, 32
+    attention = 2 * 32 * 32 + 2 * 32 * 16  # 4 heads of 8, 2 keys and values
+    layer = 2 * 7 * (attention + router + 3 * expert + gate) + 2 * 7 * 7 * 4 * (8 + 8)
+    assert flops(make_model("qwen2_moe", decoder_sparse_step=1), "prefill_hidden", 1, 7) == 4 * layer
+
+
 @pytest.mark.parametrize("kernel", ["flash_attention_for_cpu", "flash_attention", "efficient_attention"])
 def test_attention_of_grouped_queries_counts_every_query(kernel):
     """2 texts, 6 queries a key and value: 12 heads, 3 x 5 pairs, 2 operations for each of 8 units of key and value."""
     operation = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
     query, key = torch.empty(2, 12, 3, 4, device="meta"), torch.empty(2, 2, 5, 4, device="meta")
     more = {"attn_bias": None, "compute_log_sumexp": False} if kernel.startswith("efficient") else {}
-    with FlopCounterMode(display=False, custom_mapping=timing._ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=timing._KERNELS) as counter:
         operation(query, key, key, **more)
     assert counter.get_total_flops() == 2 * 2 * 12 * 3 * 5 * 8
 
