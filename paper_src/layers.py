@@ -86,17 +86,17 @@ class SubsetRunner:
         self._require_exact(model)
 
     def _require_exact(self, model: PreTrainedModel) -> None:
-        """Raise where all layers, run here one by one on two blocks, do not give the model's own states."""
+        """Raise where all layers, run here on two blocks together with another subset, miss the model's own states."""
         rest, self._blocks, self._first = (self._blocks, self._first), self._blocks[:2, :TRIED], self._first[:2, :TRIED]
         try:
             with torch.no_grad():
                 expected = last_hidden(model, self._blocks)
-            exact = same_states(model, self.last_hidden([tuple(range(self.depth))])[0], expected)
+            found = self.last_hidden([tuple(range(self.depth)), tuple(range(self.depth > 1, self.depth))])
+            exact = same_states(model, found[0], expected)
         except torch.OutOfMemoryError:
             raise
-        except (
-            Exception
-        ):  # states of another form than (N, T, d), inputs of their own for each block: each its own type
+        # states of another form than (N, T, d), inputs of their own for each block: each its own type
+        except Exception:
             exact = False
         self._blocks, self._first = rest
         if not exact:

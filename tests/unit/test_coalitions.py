@@ -154,6 +154,14 @@ class TestEvaluator:
         with pytest.raises(NotSupported, match="hand on more than their states"):
             Evaluator(llama, make_blocks(2, 8))
 
+    def test_layers_that_take_one_block_alone_are_refused_also_for_one_block(self, llama, make_blocks):
+        def one(module, arguments):
+            assert len(arguments[0]) == 1  # as in families that shape states by their masks
+
+        llama.model.layers[2].register_forward_pre_hook(one)
+        with pytest.raises(NotSupported, match="does more than run its layers"):
+            Evaluator(llama, make_blocks(1, 8))
+
     def test_a_model_that_does_more_than_run_its_layers_is_refused(self, llama, make_blocks, monkeypatch):
         def scaled(model, ids):  # of the model alone, not of its layers run one by one
             return last_hidden(model, ids) * (1.01 if model is llama else 1)
