@@ -19,7 +19,7 @@ options of run
                      1 to 7 go to tables/long and figures/long), gpu, models (for further models)
   --only NOTEBOOK    this notebook and what it needs, for example 03_compaction, or 03
   --model NAME       a local folder, a .gguf file or a hub id; results go to results/<profile>-<model>
-  --device DEVICE    cpu, cuda, cuda:1, mps
+  --device DEVICE    cpu, cuda, cuda:1
   --data-dir FOLDER  where Amazon's files are, for 06_recommendation
   --jobs N           processor cores to use (default: all); long notebooks run one at a time
   --force            run again what is up to date

@@ -36,14 +36,9 @@ def parser() -> argparse.ArgumentParser:
                       help="files, folders or names (default: wikitext-2, and what the model writes)")  # fmt: skip
     made.add_argument("--strategy", default="", choices=CHOICES, metavar="NAME",
                       help=f"how layers are chosen: {', '.join(CHOICES)} (default: several, and the best)")  # fmt: skip
-    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA where there is one)")
-    made.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        metavar="NAME",
-        help="float32, bfloat16 (default: what the hardware multiplies in)",
-    )
+    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    made.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], metavar="NAME",
+                      help="float32, bfloat16 (default: what the hardware multiplies in)")  # fmt: skip
     made.add_argument("--seed", type=int, default=0)
     return made
 

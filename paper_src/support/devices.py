@@ -12,9 +12,14 @@ def pick_device(device: str = "auto") -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r}: this machine shows no CUDA device; use cpu")
     try:
-        return str(torch.device(device))
+        found = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device {device!r}: torch knows no such device; use cpu, cuda or auto") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r}: sums are in float64, which it may lack; use cpu, cuda or auto")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r}: this machine shows {torch.cuda.device_count()} CUDA devices, from cuda:0")
+    return str(found)
 
 
 def pick_dtype(dtype: str = "auto", device: str = "cpu") -> torch.dtype:

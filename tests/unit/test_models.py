@@ -387,6 +387,15 @@ def test_unknown_device_is_refused(checkpoint, refused):
         load_model(str(checkpoint), "float32", "abacus")
 
 
+@pytest.mark.parametrize(("device", "message"), [("cuda:2", "shows 2 CUDA devices"), ("mps", "sums are in float64")])
+def test_a_device_that_cannot_be_used_is_refused(device, message, monkeypatch, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == "cuda:1"
+    with refused(f"device '{device}': .*{message}"):
+        pick_device(device)
+
+
 @pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_auto_device_is_cuda_where_there_is_one(monkeypatch, available, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
