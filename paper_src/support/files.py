@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from paper_src import InputError
 
 MARK = ".paper_src.json"  # in a folder that this package wrote: its files and their sizes
@@ -22,8 +24,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o644)
         os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path} ({reason}): free space or choose another folder") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -44,8 +47,8 @@ def replacing_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) 
             yield part
             (part / MARK).write_text(json.dumps({"files": _sizes(part)}, indent=1) + "\n", encoding="utf-8")
             _exchange(part, target, Path(scratch) / "old")
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {folder} ({reason}): free space or choose another folder") from error
 
 

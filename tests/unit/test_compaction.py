@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -391,8 +392,9 @@ def test_weights_that_are_not_finite_are_not_written(llama, tmp_path, refused, v
     assert tree_of(tmp_path) == {}
 
 
+@pytest.mark.parametrize("error", [OSError("no space left on device"), SafetensorError("no space left on device")])
 @pytest.mark.parametrize("older", [False, True])
-def test_save_that_fails_leaves_everything_as_it_was(llama, tmp_path, monkeypatch, older, refused):
+def test_save_that_fails_leaves_everything_as_it_was(llama, tmp_path, monkeypatch, older, error, refused):
     if older:
         save(llama, None, tmp_path / "cut", "tiny", range(4), 4)
     before = tree_of(tmp_path)
@@ -400,7 +402,7 @@ def test_save_that_fails_leaves_everything_as_it_was(llama, tmp_path, monkeypatc
 
     def fail(folder):
         (folder / "model.safetensors").write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        raise error
 
     monkeypatch.setattr(small, "save_pretrained", fail)
     with refused("cannot write .* .no space left on device.: free space"):
