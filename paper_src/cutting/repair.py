@@ -37,7 +37,7 @@ class Repaired:
 def closed_form(subject: Subject, kept: Sequence[int], blocks: Tensor, note: bool = False) -> PreTrainedModel:
     """The compact model after the closed form, or as it was cut where this family has none."""
     try:
-        return recovery.closed_form(subject.full, kept, blocks, batch_size=min(8, len(blocks) // 2)).model
+        return recovery.closed_form(subject.full, kept, blocks, batch_size=max(1, min(8, len(blocks) // 2))).model
     except NotSupported as error:
         if note:
             subject.progress.note(f"no closed form: {error}")
@@ -132,6 +132,7 @@ def _training_bytes(small: PreTrainedModel) -> int:
 def _free_bytes(device: torch.device) -> int:
     """Memory that is free where the model is."""
     gc.collect()
+    torch.cuda.empty_cache()  # what the allocator keeps for later is free as well
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -145,5 +146,5 @@ def with_weights_(small: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrai
     """``small`` with new weights; the old ones are left alone, for they are another model's as well."""
     for name, weight in weights.items():
         path, _, last = name.rpartition(".")
-        setattr(small.get_submodule(path), last, nn.Parameter(weight.to(small.device)))
+        setattr(small.get_submodule(path), last, nn.Parameter(weight.to(small.get_parameter(name))))
     return small

@@ -38,6 +38,8 @@ class Request:
             raise InputError(f"keep {self.keep}: give a number of layers, or a share such as 0.75")
         if self.speed and not 1 < self.speed < math.inf:
             raise InputError(f"speed {self.speed}: give more than 1, such as 1.5 for half as fast again")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed {self.seed}: give a number from 0 to 4294967295")
         if not self.minutes > 0:
             raise InputError(f"minutes {self.minutes}: give more than 0")
         if self.strategy and self.strategy not in CHOICES:

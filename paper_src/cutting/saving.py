@@ -51,7 +51,7 @@ def as_stored(subject: Subject, kept: tuple[int, ...], recovered: PreTrainedMode
 
 
 def _require_reload(subject: Subject, out: Path, final: PreTrainedModel) -> None:
-    again = models.load_model(str(out), str(final.dtype).removeprefix("torch."), subject.request.device).model
+    again = models.load_model(str(out.resolve()), str(final.dtype).removeprefix("torch."), subject.request.device).model
     blocks = subject.texts.blocks("valid", 2, 0).to(final.device)
     with torch.no_grad():
         own, other = (model(input_ids=blocks, use_cache=False).logits.float() for model in (final, again))

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 import paper_src
-from paper_src import NotSupported, compaction, data, models, recovery, timing
+from paper_src import InputError, NotSupported, compaction, data, models, recovery, timing
 from paper_src.cutting import budget, choice, judging, saving, texts
 from paper_src.cutting.__main__ import main
 from paper_src.cutting.cut import cut
 from paper_src.cutting.progress import Progress
-from paper_src.cutting.repair import Repaired
+from paper_src.cutting.repair import Repaired, with_weights_
 from paper_src.cutting.report import Outcome, facts_of
 from paper_src.cutting.request import CHOICES, Request
 from paper_src.cutting.subject import READ, load, read
@@ -225,6 +225,39 @@ def test_given_layers_are_the_only_candidate(tmp_path):
     assert (outcome.kept, subject.k, outcome.chosen_by) == ((0, 1, 2, 5), 4, "the reader")
 
 
+def test_layers_that_a_family_cannot_keep_alone_are_no_candidate(tmp_path, refused, monkeypatch):
+    def no_first(model, kept):
+        if 0 not in kept:
+            raise InputError(f"kept layers {kept}: keep others")
+        return compact(model, kept)
+
+    compact, found = compaction.compact, {"shortgpt": (1, 2, 5, 7), "sleb": (0, 1, 2, 5)}
+    monkeypatch.setattr(compaction, "compact", no_first)
+    monkeypatch.setattr(choice, "candidates", lambda subject: found)
+    subject = begun(request(tmp_path / "some"))
+    assert [row["name"] for row in choice.ranked(subject, judging.Validation(subject))] == ["sleb"]
+    assert [line for line in subject.progress.notes if "keep others" in line]
+    del found["sleb"]
+    subject = begun(request(tmp_path / "none"))
+    with refused(r"kept layers \(1, 2, 5, 7\): keep others"):
+        choice.ranked(subject, judging.Validation(subject))
+
+
+def test_an_output_may_have_the_name_of_a_known_model(tmp_path, monkeypatch):
+    """What is loaded again is the folder, not the pinned model."""
+    monkeypatch.chdir(tmp_path)
+    outcome = unrepaired(request(tmp_path, out="smollm2-135m-instruct"))
+    assert saving.save(outcome).resolve() == tmp_path / "smollm2-135m-instruct"
+    assert models.load_model(str(tmp_path / "smollm2-135m-instruct")).model.config.num_hidden_layers == 4
+
+
+def test_weights_of_another_precision_take_that_of_the_model(make_model):
+    small = make_model("llama")
+    name, old = next(iter(small.named_parameters()))
+    with_weights_(small, {name: old.detach().bfloat16()})
+    assert small.get_parameter(name).dtype == torch.float32
+
+
 def test_a_model_of_few_positions_is_read_and_timed_as_far_as_it_goes(tmp_path, make_model):
     full = make_model("gpt2", max_position_embeddings=256, vocab_size=512)
     subject = begun(request(tmp_path, model=saved(tmp_path / "short", full), keep=2))
@@ -271,6 +304,7 @@ def test_every_strategy_can_be_asked_for(tmp_path, strategy):
         ({"keep": 0.0, "speed": 0.9}, "speed 0.9: give more than 1"),
         ({"keep": 0.0, "speed": float("inf")}, "speed inf: give more than 1"),
         ({"keep": float("nan")}, "keep nan: give a number of layers"),
+        ({"seed": -1}, "seed -1: give a number from 0"),
         ({"minutes": 0.0}, "minutes 0.0: give more than 0"),
         ({"minutes": float("nan")}, "minutes nan: give more than 0"),
         ({"strategy": "best"}, "strategy 'best': use one of "),
