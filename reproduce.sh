@@ -119,7 +119,7 @@ run() {
   # Paths are of the place this was called from.
   [ -z "$data_dir" ] || data_dir=$(cd "$called_from" && cd "$data_dir" 2>/dev/null && pwd) || die "--data-dir: no such folder"
   if [ -n "$model" ]; then
-    local path; path=$(cd "$called_from" && [ -e "$model" ] && cd "$(dirname "$model")" && pwd) && path+=/$(basename "$model") || path=""
+    local path; path=$(cd "$called_from" && [ -e "$model" ] && cd "$(dirname "$model")" && echo "$PWD/$(basename "$model")") || true
     [ -n "$path" ] || [[ ! "$model" =~ ^(/|\.|~)|\.gguf$ ]] || die "--model: no such file or folder: $model"
     model=${path:-$model}
   fi

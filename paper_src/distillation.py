@@ -115,10 +115,9 @@ def _arguments(full: PreTrainedModel, folder: Path, blocks: int, settings: Disti
 class _Answers:
     """The full model's last hidden states of blocks, each computed once and kept in a file, also over a kill."""
 
-    def __init__(self, teacher: PreTrainedModel, blocks: Tensor, folder: Path):
+    def __init__(self, teacher: PreTrainedModel, blocks: Tensor, width: int, folder: Path):
         self.teacher = teacher
-        shape = (*blocks.shape, last_hidden(teacher, blocks[:1, :1]).shape[-1])
-        self.states = tensor_in_file(folder / "answers.bin", shape, teacher.dtype)
+        self.states = tensor_in_file(folder / "answers.bin", (*blocks.shape, width), teacher.dtype)
         self.known = tensor_in_file(folder / "answered.bin", (len(blocks),), torch.uint8)
 
     def __call__(self, ids: Tensor, index: Tensor) -> Tensor:
@@ -165,7 +164,8 @@ class Distiller(WatchedTrainer):
         self.teacher, self.validation, self.settings = teacher, validation, settings
         self.progress, self.tokens_a_step = progress, settings.batch_size * blocks.shape[1]
         repeats = settings.epochs > 1 or known
-        self.answers = _Answers(teacher, blocks, known or Path(self.args.output_dir)) if repeats else None
+        width, folder = validation.hidden.shape[-1], known or Path(self.args.output_dir)
+        self.answers = _Answers(teacher, blocks, width, folder) if repeats else None
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored

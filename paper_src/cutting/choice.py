@@ -1,7 +1,5 @@
 """Which layers stay: the candidates there is time for, refitted, ranked on validation text."""
 
-from transformers import PreTrainedModel
-
 from paper_src import InputError, NotSupported, compaction
 from paper_src.coalitions import Evaluator, leave_one_out
 from paper_src.cutting import budget
@@ -20,10 +18,17 @@ def ranked(subject: Subject, validation: Validation) -> list[dict[str, object]]:
     """A row for each candidate, best first: name, kept layers, ``ppl_ratio`` on validation text after a refit."""
     if (known := subject.progress.get("candidates")) is None:
         rows, blocks = [], subject.texts.blocks("train", 16, subject.request.seed + 1)
-        small = {named: _cut(subject, *named) for named in candidates(subject).items()}
-        cut = {named: validation.ratio(model) for named, model in small.items() if model is not None}
+        cut, refused = {}, None
+        for name, kept in candidates(subject).items():
+            try:
+                small = compaction.compact(subject.full, kept)
+            except InputError as error:  # this family cannot do with these layers alone
+                subject.progress.note(f"not {strategy_title(name)}: {error}")
+                refused = error
+            else:
+                cut[name, kept] = validation.ratio(small)
         if not cut:
-            compaction.compact(subject.full, next(iter(small))[1])  # its error is the answer
+            raise refused
         for (name, kept), before in cut.items():
             near = len(cut) > 1 and before < HOPELESS * min(cut.values())
             after = validation.ratio(closed_form(subject, kept, blocks)) if near else before
@@ -34,14 +39,6 @@ def ranked(subject: Subject, validation: Validation) -> list[dict[str, object]]:
         known = subject.progress.finish("candidates", sorted(rows, key=lambda row: row["ppl_ratio"]))
     subject.progress.say(f"kept layers: {known[0]['kept']}")
     return known
-
-
-def _cut(subject: Subject, name: str, kept: KeptLayers) -> PreTrainedModel | None:
-    """The compact model; None, and a note, where this family cannot do with these layers alone."""
-    try:
-        return compaction.compact(subject.full, kept)
-    except InputError as error:
-        subject.progress.note(f"not {strategy_title(name)}: {error}")
 
 
 def candidates(subject: Subject) -> dict[str, KeptLayers]:

@@ -118,14 +118,15 @@ def text_states(
     first = torch.tensor(beginning(tokenizer), dtype=torch.long)
     if empty := [index for index, row in enumerate(ids) if len(row) == 0]:
         raise InputError(f"item {empty[0]} has an empty text: give it one")
-    result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
+    means, order = [], []
     for part in alike_in_length([len(row) for row in ids], batch_size):
         lengths = torch.tensor([len(ids[index]) for index in part])
         rows = [torch.cat([first, ids[index]]) for index in part]
         states = last_hidden(model, pad_sequence(rows, batch_first=True))[:, len(first) :].float().cpu()
         states[torch.arange(states.shape[1]) >= lengths[:, None]] = 0  # padding
-        result[part] = states.sum(1) / lengths[:, None]
-    return result
+        means.append(states.sum(1) / lengths[:, None])
+        order += part
+    return torch.cat(means)[torch.tensor(order).argsort()]
 
 
 def frozen(states: Tensor, decay: float = 0.8) -> Scorer:

@@ -44,12 +44,13 @@ def parts(read: Read, claims: pd.DataFrame, language: str = "en") -> dict[str, s
 def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]:
     """What the templates print."""
     own, larger = load(read), load(read, "long/")
-    models, depths = _if_made(model_rows, read), _if_made(depth_rows, read)
+    models, depths, differing = (_if_made(rows, read) for rows in (model_rows, depth_rows, differing_rows))
     suffix = "" if language == "en" else "_zh"
     rows = [{**row, **{name: row[f"{name}{suffix}"] for name in ("reported", "finding", "rule", "decides")}}
             for row in claims.fillna("").to_dict("records")]  # fmt: skip
     groups = {"report": [row for row in rows if row["group"] != "open"],
               "open": [row for row in rows if row["group"] == "open"]}  # fmt: skip
+    reproduced = {row["name"] for row in groups["report"] if row["verdict"] == "reproduced"}
     return {
         "f": Known(own),
         "long": Known(larger),
@@ -74,7 +75,8 @@ def values(read: Read, claims: pd.DataFrame, language: str) -> dict[str, object]
         "gpu_recovery": _if_made(gpu_rows, read),
         "models": models,
         "depths": depths,
-        "differing": _if_made(differing_rows, read),
+        "differing": differing,
+        "held": len(reproduced - {row["name"] for row in differing}),  # on every model
         "across": across(models, depths),
     }
 

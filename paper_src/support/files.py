@@ -21,12 +21,10 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     part = Path(name)
     try:
-        yield part
-        part.chmod(0o644)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path} ({reason}): free space or choose another folder") from error
+        with _one_line(path):
+            yield part
+            part.chmod(0o644)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -39,7 +37,7 @@ def replacing_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) 
         InputError: see :func:`writable_folder`, or it cannot be written; what was there is as before.
     """
     target = writable_folder(folder, apart_from)
-    try:
+    with _one_line(folder):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             part = Path(scratch) / "part"
@@ -47,9 +45,16 @@ def replacing_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) 
             yield part
             (part / MARK).write_text(json.dumps({"files": _sizes(part)}, indent=1) + "\n", encoding="utf-8")
             _exchange(part, target, Path(scratch) / "old")
+
+
+@contextmanager
+def _one_line(place: str | Path) -> Iterator[None]:
+    """What fails inside because the disk does, as one line with its ``place``; safetensors has an error of its own."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {folder} ({reason}): free space or choose another folder") from error
+        raise InputError(f"cannot write {place} ({reason}): free space or choose another folder") from error
 
 
 def writable_folder(folder: str | Path, apart_from: Iterable[str | Path] = ()) -> Path:

@@ -91,9 +91,12 @@ class TestWithoutTraining:
         few, most = (int((scorer([np.array([0])])[0] > 0).sum()) for scorer in scorers)
         assert few <= 3 and most == 40
 
-    @pytest.mark.parametrize("family", ["llama", "gpt2"])
-    def test_text_states_do_not_see_padding_or_order(self, tokenizer, family):
-        model = build_model(family, vocab_size=300)
+    @pytest.mark.parametrize(
+        ("family", "settings"),
+        [("llama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})],
+    )
+    def test_text_states_do_not_see_padding_or_order(self, tokenizer, family, settings):
+        model = build_model(family, vocab_size=300, **settings)
         texts = ["a", "longer text", "mid", "ünïcode 七人"]
         together = ranking.text_states(model, tokenizer, texts, batch_size=4)
         alone = torch.cat([ranking.text_states(model, tokenizer, [text]) for text in texts])
