@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 import paper_src
 from paper_src import InputError, NotSupported, compaction, data, models, recovery, timing
-from paper_src.cutting import budget, choice, judging, saving, texts
+from paper_src.cutting import budget, choice, judging, repair, saving, texts
 from paper_src.cutting.__main__ import main
 from paper_src.cutting.cut import cut
 from paper_src.cutting.progress import Progress
-from paper_src.cutting.repair import Repaired, with_weights_
+from paper_src.cutting.repair import Repaired
 from paper_src.cutting.report import Outcome, facts_of
 from paper_src.cutting.request import CHOICES, Request
 from paper_src.cutting.subject import READ, load, read
@@ -251,10 +251,16 @@ def test_an_output_may_have_the_name_of_a_known_model(tmp_path, monkeypatch):
     assert models.load_model(str(tmp_path / "smollm2-135m-instruct")).model.config.num_hidden_layers == 4
 
 
+def test_a_text_of_one_block_is_enough_for_a_refit(tmp_path):
+    subject = begun(request(tmp_path))
+    small = repair.closed_form(subject, (0, 1, 2, 5), subject.texts.blocks("train", 1, 0))
+    assert repair.changed_names(small, subject.full)
+
+
 def test_weights_of_another_precision_take_that_of_the_model(make_model):
     small = make_model("llama")
     name, old = next(iter(small.named_parameters()))
-    with_weights_(small, {name: old.detach().bfloat16()})
+    repair.with_weights_(small, {name: old.detach().bfloat16()})
     assert small.get_parameter(name).dtype == torch.float32
 
 
