@@ -95,8 +95,7 @@ class SubsetRunner:
             exact = same_states(model, found[0], expected)
         except torch.OutOfMemoryError:
             raise
-        # states of another form than (N, T, d), inputs of their own for each block: each its own type
-        except Exception:
+        except Exception:  # of any type: states not (N, T, d), inputs of their own for each block
             exact = False
         self._blocks, self._first = rest
         if not exact:

@@ -37,7 +37,7 @@ class Repaired:
 def closed_form(subject: Subject, kept: Sequence[int], blocks: Tensor, note: bool = False) -> PreTrainedModel:
     """The compact model after the closed form, or as it was cut where this family has none."""
     try:
-        return recovery.closed_form(subject.full, kept, blocks, batch_size=max(1, min(8, len(blocks) // 2))).model
+        return recovery.closed_form(subject.full, kept, blocks, batch_size=min(8, len(blocks) // 2)).model
     except NotSupported as error:
         if note:
             subject.progress.note(f"no closed form: {error}")

@@ -34,9 +34,11 @@ class Texts:
         for name in self.names:
             for split in ("train", "valid", "test"):
                 text, digests[f"{name} {split}"] = data.load_text(name, split)
+                blocks = self._as_many(name, text, 2, LENGTH, 0)
                 if split == "train":
                     found[name] = len(text)
-                self._as_many(name, text, 2, LENGTH, 0)
+                    if len(blocks) < 2:  # to fit and to hold out
+                        raise InputError(f"{name} is too short: its training part holds no 2 blocks of {LENGTH} tokens")
         return found, digests
 
     def blocks(self, split: str, count: int, seed: int) -> Tensor:
@@ -53,8 +55,8 @@ class Texts:
         try:
             return data.as_many(self._tokenizer, text, count, length, seed)
         except InputError as error:
-            reason = f"a part of it (of training, validation or test) holds no {length} tokens"
-            raise InputError(f"{name} is too short: {reason}") from error
+            raise InputError(f"{name} is too short: its training, validation or test part holds no {length} tokens"
+                             ) from error  # fmt: skip
 
 
 def shuffled(blocks: Tensor, seed: int) -> Tensor:

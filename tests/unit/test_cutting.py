@@ -251,12 +251,6 @@ def test_an_output_may_have_the_name_of_a_known_model(tmp_path, monkeypatch):
     assert models.load_model(str(tmp_path / "smollm2-135m-instruct")).model.config.num_hidden_layers == 4
 
 
-def test_a_text_of_one_block_is_enough_for_a_refit(tmp_path):
-    subject = begun(request(tmp_path))
-    small = repair.closed_form(subject, (0, 1, 2, 5), subject.texts.blocks("train", 1, 0))
-    assert repair.changed_names(small, subject.full)
-
-
 def test_weights_of_another_precision_take_that_of_the_model(make_model):
     small = make_model("llama")
     name, old = next(iter(small.named_parameters()))
@@ -346,6 +340,15 @@ def test_short_texts_are_refused_by_name(tmp_path, refused):
     text.write_text("Too few words. " * 10)
     with refused("short.txt is too short"):
         begun(request(tmp_path, texts=(str(text),)))
+
+
+def test_a_text_of_one_training_block_is_refused_before_anything_is_searched(tmp_path, refused):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, characters in {"train": 600, "valid": 4000, "test": 4000}.items():
+        (folder / f"{split}.txt").write_text((Path(TEXT) / f"{split}.txt").read_text()[:characters])
+    with refused("is too short: its training part holds no 2 blocks"):
+        begun(request(tmp_path, texts=(str(folder),)))
 
 
 def test_a_checkpoint_that_loads_as_another_model_is_not_kept(tmp_path, refused, monkeypatch):
